@@ -26,11 +26,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from gptj import storage
+from gptj.adapters.base import Base
 from gptj.checkpoints.folder import TRAINING
 from gptj.config import GPTJConfig
 from gptj.data import preparing
@@ -139,14 +140,14 @@ def fine_tune(
     try:
         claim.check()
         with storage.fenced(settings.folder, claim.check):
-            config, longest, prepared = check_inputs(settings, shared)
+            config, longest, inputs = check_inputs(settings, shared)
         if not _has_fitted(settings):
             check_memory(settings, config, on_gpu, longest)
     except (ValueError, OSError, UnrecoverableError, LeaseLostError) as error:
         sys.exit(f"error: {error}")
     try:
         with OnSigterm(bell):
-            build_trainer(settings, on_gpu, claim, submission, prepared, shared, bell).fit()
+            build_trainer(settings, on_gpu, claim, submission, inputs, shared, bell).fit()
     except TrainingFailedError as error:
         if isinstance(_last_cause(error), StoppedError):
             print(_last_cause(error), flush=True)
@@ -232,10 +233,10 @@ def check_workers(settings: Settings) -> bool:
         needed = {"CPU": count * workers.cpus, "GPU": float(count * on_gpu)}
         wait_for_room({name: amount for name, amount in needed.items() if amount})
     if not on_gpu:
-        spread = settings.deepspeed
-        if spread.precision == "fp16":
+        deepspeed = settings.deepspeed
+        if deepspeed.precision == "fp16":
             raise SettingsError("deepspeed.precision=fp16 needs GPUs: use bf16 or fp32")
-        if spread.offload_optimizer or spread.offload_parameters:
+        if deepspeed.offload_optimizer or deepspeed.offload_parameters:
             raise SettingsError(
                 "deepspeed.offload_… moves state from GPUs to host memory, where CPU workers "
                 "already keep it; leave it out"
@@ -259,19 +260,30 @@ def workers_to_start(settings: Settings, on_gpu: bool) -> int:
     return max(workers.fewest, min(workers.most, room))
 
 
-def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, dict[str, str]]:
+class Inputs(NamedTuple):
+    """What the driver has found for the workers."""
+
+    prepared: dict[str, str]  # addresses of the prepared data
+    commit: str | None  # of the model's checkpoint, if it is on the hub
+
+
+def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, Inputs]:
     """Check storage, data and settings up front, rather than failing after hours.
 
     Returns:
-        the model's configuration, the tokens of the longest training example, and the addresses of
-        the prepared data.
+        the model's configuration, the tokens of the longest training example, and what the workers
+        need to read the same.
     """
+    commit = None
     check_packages(settings)
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
         progress = check_resumable(settings, checkpoint)
-        settings = settings.pinned((progress.start or {}).get("commit"))
+        commit = (progress.start or {}).get("commit")
+    elif settings.model.checkpoint:
+        commit = Base.at(settings.model.checkpoint, settings.model.revision or None).commit
+    settings = settings.pinned(commit)  # its branch may move while the data is prepared
     logger.info("reading the data")
     tokenizer = prepare_tokenizer(settings)
     prepared = prepare_run_data(settings, tokenizer, checkpoint, partial(_prepare, settings))
@@ -282,7 +294,8 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, dic
         if each is not None:
             logger.info("%s data: %s", name, each.summary())
     settings.total_steps(len(data.train))
-    return make_config(settings, tokenizer, data.train.labels), data.train.longest, prepared
+    config = make_config(settings, tokenizer, data.train.labels)
+    return config, data.train.longest, Inputs(prepared, commit)
 
 
 def _has_fitted(settings: Settings) -> bool:
@@ -316,7 +329,7 @@ def build_trainer(
     on_gpu: bool,
     claim: Claim,
     submission: str,
-    prepared: dict[str, str],
+    inputs: Inputs,
     shared: Path,
     bell: ActorHandle[Any],
 ) -> TorchTrainer:
@@ -332,7 +345,8 @@ def build_trainer(
             "claim": asdict(claim),
             "submission": submission,
             "bell": bell,
-            "prepared": prepared,
+            "prepared": inputs.prepared,
+            "commit": inputs.commit,
         },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -371,10 +385,10 @@ def work(config: dict[str, Any]) -> None:
         watch=metrics.point,
         fence=claim.check,
         fencing_token=(claim.generation, this_attempt()),
-        restarted=this_attempt() > 1,
         stop=notices.reason,
         submission=config["submission"],
         prepared=config["prepared"],
+        commit=config["commit"],
     )
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)

@@ -343,7 +343,7 @@ def attention_bias(attention_mask: Tensor | None, x_BLD: Tensor, past: int) -> A
     rows = torch.arange(past, total, device=x_BLD.device)[:, None]
     visible = (torch.arange(total, device=x_BLD.device)[None, :] <= rows)[None, None]
     if attention_mask is not None:
-        visible = visible & attention_mask.to(x_BLD.device, torch.bool)[:, None, None, :]
+        visible = visible & _moved_mask(attention_mask, x_BLD.device)[:, None, None, :]
     # The first query sees the fewest positions. Asked of the mask, which may be on the host: a
     # question to a GPU waits for it.
     blind_rows = (
@@ -352,6 +352,15 @@ def attention_bias(attention_mask: Tensor | None, x_BLD: Tensor, past: int) -> A
         and not bool(attention_mask[:, : past + 1].bool().any(dim=1).all())
     )
     return AttentionBias(_hidden(visible, x_BLD.dtype), is_causal=False, blind_rows=blind_rows)
+
+
+def _moved_mask(attention_mask: Tensor, device: torch.device) -> Tensor:
+    """A mask, which may be on the host, as booleans on a device.
+
+    From pinned memory it is copied without waiting for the device; whole and before its conversion,
+    since a converted copy on the host would not be pinned.
+    """
+    return attention_mask.to(device, non_blocking=True).bool()
 
 
 def attend_visibly(
@@ -557,7 +566,7 @@ class GPTJForSequenceClassification(GPTJPreTrainedModel):
         """
         batch, length, _ = x_BLD.shape
         if attention_mask is not None and attention_mask.dim() == 2:
-            real_BL = attention_mask[:, -length:].to(x_BLD.device, torch.bool)
+            real_BL = _moved_mask(attention_mask, x_BLD.device)[:, -length:]
         elif self.config.pad_token_id is not None and input_ids is not None:
             real_BL = input_ids != self.config.pad_token_id
         elif batch == 1 or (self.config.pad_token_id is not None and input_ids is None):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
+import errno
 import json
 import logging
 import os
+import shutil
+import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -481,7 +483,10 @@ def predict(
 
 @contextlib.contextmanager
 def _results(output: Path | None) -> Iterator[TextIO]:
-    """Where results go. A file that is there already stays as it is until all of them are."""
+    """Where results go. A file that is there already stays as it is until all of them are.
+
+    If the block fails, those so far are kept beside it.
+    """
     if output is None:
         yield sys.stdout
     elif output.exists() and not output.is_file():  # a pipe or device
@@ -489,11 +494,31 @@ def _results(output: Path | None) -> Iterator[TextIO]:
             yield target
     else:
         path = output.resolve()  # a link stays
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            unfinished = Path(folder) / path.name
-            with unfinished.open("w", encoding="utf-8") as target:
+        unfinished = path.with_name(f"{path.name}.partial")
+        unfinished.unlink(missing_ok=True)  # of an earlier failure
+        try:
+            with unfinished.open("x", encoding="utf-8") as target:
+                if path.exists():
+                    unfinished.chmod(stat.S_IMODE(path.stat().st_mode))
                 yield target
-            unfinished.replace(path)
+            _put(unfinished, path)
+        except BaseException:
+            if unfinished.exists() and unfinished.stat().st_size:
+                print(f"{unfinished} has the results so far", file=sys.stderr)
+            else:
+                unfinished.unlink(missing_ok=True)
+            raise
+
+
+def _put(source: Path, path: Path) -> None:
+    """Move a file to a path; copy it if the path cannot be replaced, as a mounted file cannot."""
+    try:
+        source.replace(path)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        shutil.copyfile(source, path)
+        source.unlink()
 
 
 @app.command()

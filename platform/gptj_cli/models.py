@@ -7,13 +7,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gptj import storage
 from gptj.adapters.base import Base
 from gptj.adapters.stored import read_config
 from gptj.checkpoints.folder import ADAPTER_CONFIG, CONFIG, TRAINING, ModelFolder
-from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_verified, verify
+from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_recorded, verify
 from gptj.config import GPTJConfig
 from gptj.layers.int4 import is_quantized
 from gptj.serialization.json_object import parse_object
@@ -23,7 +24,7 @@ from gptj.training.progress import HISTORY
 
 CONFIGS = (CONFIG, ADAPTER_CONFIG)  # a model's, or an adapter's
 # What a run writes before its first checkpoint, to its folder.
-BEFORE_THE_FIRST_CHECKPOINT = {"lease", "data", "tokenizer"}
+BEFORE_THE_FIRST_CHECKPOINT = {"attempts", "data", "lease", "tokenizer", "tracked.json"}
 LEASE = re.compile(r"lease/[0-9]{8}\.json")
 COPY_BYTES = 16 * 2**20
 
@@ -84,9 +85,8 @@ def describe(address: str) -> dict[str, Any]:
         "manifest": "present" if manifest else "none: not written by this platform",
     }
     if storage.exists(storage.join(address, TRAINING)):
-        training = parse_object(
-            read_verified(address, TRAINING, manifest), storage.join(address, TRAINING)
-        )
+        content = read_recorded(address, TRAINING, manifest)
+        training = parse_object(content, storage.join(address, TRAINING))
         settings = training.get("settings", {})
         result |= {
             "run": settings.get("run"),
@@ -143,14 +143,19 @@ def copy(source: str, destination: str) -> Manifest:
 
 
 def removable(address: str) -> list[FileInfo]:
-    """The files that `remove` would delete.
+    """The files that `remove` would delete: none behind a link to a folder.
 
     Raises:
-        ValueError: if it is neither a model's nor a run's folder: a mistyped address must not
-            delete a bucket or a home folder.
+        ValueError: if it is neither a model's nor a run's folder, or a link: a mistyped address
+            must not delete a bucket or a home folder.
     """
     address = normalized(address)
-    files = storage.list_files(address)
+    if not storage.is_s3(address) and (path := Path(address)).is_symlink():
+        raise ValueError(
+            f"{address} is a link to {path.readlink()}: not deleted; remedy: name that, or delete "
+            f"the link with rm"
+        )
+    files = storage.list_files(address, follow_links=False)
     if not files:
         raise storage.NotFoundError(f"nothing is at {address}")
     if not _is_model(files) and not _is_run(files):

@@ -6,6 +6,7 @@ The services' own code runs in this process, so answers equal those over HTTP.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -66,7 +67,19 @@ async def predict(address: str, data: str, options: Options) -> AsyncIterator[di
 
 
 def check_output(output: Path, data: str) -> None:
-    """ValueError if the output would replace some of the data."""
+    """ValueError if the output cannot be written, or would replace some of the data."""
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise ValueError(
+            f"--output {output}: the folder {folder} does not exist; remedy: mkdir -p {folder}"
+        )
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder; remedy: name a file in it")
+    if (output.is_file() or not output.exists()) and not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"--output {output}: results are first written beside it, but {folder} is not "
+            f"writable; remedy: choose another folder"
+        )
     if output.exists():
         for each in data_files(data):
             if Path(each.address).exists() and output.samefile(each.address):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,25 +122,31 @@ from gptj.training.settings import Settings
 from gptj.training.state import upload_state
 loop.matrix_peak = lambda device, dtype: 1e12
 settings = Settings(
-    run="run", storage={str(tmp_path)!r}, steps=int(os.environ["STEPS"]), batch_size=2,
+    run=os.environ["RUN"], storage={str(tmp_path)!r}, steps=int(os.environ["STEPS"]), batch_size=2,
     model=dict(checkpoint={REPOSITORY!r}, revision="old"), adapter={{}},
     data=dict(train="{DATA}@main/rows.jsonl", sequence_length=16),
 )
 def report(metrics, folder, name, fence):
     upload_state(folder, storage.join(settings.folder, name), 0, 1, fence)
 torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-loop.train(settings, loop.Worker(0, 1, torch.device("cpu"), report))
+commit = os.environ["COMMIT"] or None
+loop.train(settings, loop.Worker(0, 1, torch.device("cpu"), report, commit=commit))
 """
 
     def train(steps: int) -> dict[str, Any]:
         monkeypatch.setenv("STEPS", str(steps))
         client.run(hub.endpoint, program)
-        training: dict[str, Any] = json.loads((tmp_path / "run/model/training.json").read_text())
+        record = tmp_path / os.environ["RUN"] / "model/training.json"
+        training: dict[str, Any] = json.loads(record.read_text())
         return training
+
+    monkeypatch.setenv("RUN", "run")
+    monkeypatch.setenv("COMMIT", "")
 
     with serving(Hub(versions)) as hub:
         client = Client(tmp_path / "cache")
         trained = train(1)
+        assert sum(path.endswith("/revision/old") for path in hub.requests) == 1  # for all files
         assert trained["checkpoint"]["revision"] == "old"
         assert trained["checkpoint"]["commit"] == OLD
         assert trained["data"]["train"]["commit"] == MAIN
@@ -150,6 +157,9 @@ loop.train(settings, loop.Worker(0, 1, torch.device("cpu"), report))
         extended = train(2)
         assert extended["steps"] == 2
         assert extended["checkpoint"] == trained["checkpoint"]
+        monkeypatch.setenv("RUN", "checked-before")
+        monkeypatch.setenv("COMMIT", OLD)
+        assert train(1)["checkpoint"] == trained["checkpoint"]
 
 
 def test_addresses_of_the_hub() -> None:

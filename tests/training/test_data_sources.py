@@ -660,6 +660,30 @@ def test_hidden_folders_are_ignored(tmp_path: Path) -> None:
     assert [row["text"] for row in values(tmp_path)] == ["a"]
 
 
+def test_what_an_address_leaves_out_is_not_read(tmp_path: Path, monkeypatch: Any) -> None:
+    """Broken links here; other users' folders, such as systemd's in /tmp, are like them."""
+    for name in ("a", "deep/er/b"):
+        write([{"text": name}], tmp_path / f"{name}.jsonl")
+    nowhere = tmp_path / "not" / "mounted"
+    for name in (".#a.jsonl", ".git/hook", "_old/b.jsonl", "deep/er/still/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(nowhere)
+    assert [row["text"] for row in values(tmp_path / "*.jsonl")] == ["a"]
+    assert [row["text"] for row in values(tmp_path / "*" / "er" / "*.jsonl")] == ["deep/er/b"]
+    looked, scandir = [], os.scandir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda path: looked.append(Path(path)) or scandir(path))
+        values(tmp_path / "*.jsonl")
+        assert looked == [tmp_path]
+    with pytest.raises(storage.StorageError, match="broken link"):
+        values(tmp_path / "deep")
+    (tmp_path / "deep/er/still/c.jsonl").unlink()
+    assert [row["text"] for row in values(tmp_path)] == ["a", "deep/er/b"]
+    (tmp_path / "part.jsonl").symlink_to(nowhere)
+    with pytest.raises(storage.StorageError, match=r"part\.jsonl is a broken link"):
+        values(tmp_path / "*.jsonl")
+
+
 def test_null_and_nested_columns_of_parquet_are_named(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     columns = {"null": [None, None], "nested": [{"a": 1}, {"a": 2}], "bytes": [b"a", b"b"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -122,7 +123,7 @@ def test_concurrent_processes_read_the_rows_once(
 
 
 def die_holding(folder: Path, settings: Settings, tokenizer: GPTJTokenizer) -> None:
-    with shared_scratch_folder("data-1", folder, left=dataset.set_aside) as shared:
+    with shared_scratch_folder("data-1", folder, on_abandoned=dataset.set_aside) as shared:
         node_data(settings, tokenizer, shared)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -141,6 +142,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a truncated file": lambda ids: os.truncate(ids, 100),
     "a missing file": lambda ids: ids.unlink(),
     "no end": lambda ids: (ids.parents[1] / dataset.FINGERPRINTS).unlink(),
+    "empty fingerprints": lambda ids: os.truncate(ids.parents[1] / dataset.FINGERPRINTS, 0),
+    "others": lambda ids: (ids.parents[1] / dataset.FINGERPRINTS).write_text('{"train": [1]}'),
 }
 
 
@@ -166,7 +169,7 @@ def test_a_restarted_group_of_workers_reuses_its_nodes_examples(
         write(folder, *arguments)
 
     monkeypatch.setattr(CausalLMData, "write", noting)
-    with shared_scratch_folder("data-1", tmp_path, left=dataset.set_aside) as shared:
+    with shared_scratch_folder("data-1", tmp_path, on_abandoned=dataset.set_aside) as shared:
         assert not (shared / "train-half").exists()
         found = node_data(settings, tokenizer, shared)
         assert bool(made) == (damage != "none")
@@ -199,6 +202,23 @@ def test_the_next_process_tokenizes_if_the_first_is_killed(
     process.join()
     assert process.exitcode == -signal.SIGKILL
     settings = settings_of(tmp_path, "causal-lm")
+    found = node_data(settings, tokenizer, tmp_path)
+    assert len(found.train) == len(make_data(settings, tokenizer).train)
+
+
+def test_the_next_process_tokenizes_if_the_first_fails_at_the_end(
+    tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(tmp_path, "causal-lm")
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(OSError, match="Input/output"):
+            node_data(settings, tokenizer, tmp_path)
+    assert (tmp_path / dataset.EXAMPLES).exists()
     found = node_data(settings, tokenizer, tmp_path)
     assert len(found.train) == len(make_data(settings, tokenizer).train)
 

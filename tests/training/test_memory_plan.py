@@ -278,7 +278,7 @@ def test_a_run_that_has_fitted_before_resumes(
     """Whatever is predicted."""
     trained = []
     cluster(monkeypatch, 4, get=lambda asked, timeout: Gpu(GB, bf16=True))
-    monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (SIX, 1024, {}))
+    monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (SIX, 1024, None))
     monkeypatch.setattr(finetune, "_has_fitted", lambda settings: fitted)
     monkeypatch.setattr(finetune, "OnSigterm", lambda bell: nullcontext())
     trainer = SimpleNamespace(fit=lambda: trained.append(True))

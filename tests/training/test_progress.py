@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from gptj import storage
-from gptj.checkpoints.folder import TRAINING
+from gptj import GPTJConfig, GPTJForCausalLM, storage
+from gptj.checkpoints.folder import TRAINING, ModelFolder
 from gptj.checkpoints.manifest import LIMIT_BYTES, FolderWriter, Manifest, describe
 from gptj.errors import CheckpointError
+from gptj.interop.source import open_source
 from gptj.training.progress import TENSORBOARD, ProgressLog, draw_curve, thinned
 from gptj.training.settings import Settings
 from gptj.training.state import (
@@ -26,6 +27,7 @@ from gptj.training.state import (
     read_progress,
 )
 from gptj_bench.training_cluster import STEP
+from gptj_cli import models
 
 
 def test_the_curve_shows_the_runs_name_and_the_tasks_metric() -> None:
@@ -141,6 +143,21 @@ def test_a_checkpoint_with_a_long_history_is_read(
     (folder / PROGRESS).unlink()
     with pytest.raises(CheckpointError, match=f"incomplete: {PROGRESS} is missing"):
         read_progress(str(folder))
+
+
+def test_a_model_with_a_long_history_is_read(tmp_path: Path) -> None:
+    """As earlier versions exported it, wherever training.json is read."""
+    config = GPTJConfig(
+        vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2, pad_token_id=0
+    )
+    training = {"settings": {"run": "long"}, "steps": 3, "history": "x" * LIMIT_BYTES}
+    GPTJForCausalLM(config).save_pretrained(str(tmp_path / "model"), training=training)
+    with ModelFolder.open(str(tmp_path / "model")) as folder:
+        assert folder.read_object(TRAINING) == training
+        assert folder.read_training_data() == {}
+    assert models.describe(str(tmp_path / "model"))["run"] == "long"
+    with open_source(str(tmp_path / "model")) as source:
+        assert source.training == training
 
 
 def test_a_model_folder_has_a_long_history_in_fewer_points(

@@ -1,7 +1,8 @@
 """How often a training step waits for its device: once, for the loss and the gradient norm.
 
-A GPU runs behind the host until the host reads a value from it. Without one, this follows which
-tensors would be there, from the weights and from what is moved, and counts the values read. What
+A GPU runs behind the host until the host reads a value from it, or copies one to it that is not
+pinned. Without one, this follows which tensors would be there, from the weights and from what is
+moved, and counts the values read and the copies that wait. What
 DeepSpeed reads, and the first reduction of several ranks, is not included.
 """
 
@@ -35,7 +36,7 @@ READS = {
 
 
 class Reads(TorchFunctionMode):
-    """Records the values read from tensors that would be on a device."""
+    """Records values read from tensors that would be on a device, and copies to it that wait."""
 
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
@@ -53,6 +54,10 @@ class Reads(TorchFunctionMode):
             self.found.append(function.__name__)
         result = function(*args, **kwargs)
         if function is Tensor.to and any(isinstance(value, torch.device) for value in values):
+            # Also one converted on the way, which is copied from memory that is not pinned.
+            converted = any(isinstance(value, torch.dtype) for value in values)
+            if not there and (converted or not kwargs.get("non_blocking")):
+                self.found.append("to")
             there, result = True, result.clone()  # another tensor than the host's
         if there:
             for each in result if _many(result) else [result]:
@@ -137,4 +142,6 @@ def test_what_is_moved_is_not_read() -> None:
         assert reads.found == []
         bool(there["input_ids"].all())
         int((there["input_ids"] + 1).sum())
-    assert reads.found == ["__bool__", "__int__"]
+        moved["attention_mask"].to(torch.device("cpu"))
+        moved["attention_mask"].to(torch.device("cpu"), torch.bool, non_blocking=True)
+    assert reads.found == ["__bool__", "__int__", "to", "to"]

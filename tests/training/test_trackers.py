@@ -192,49 +192,81 @@ def down(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(
-    ("before", "restarted", "refused"),
+    ("before", "opened_by", "refused"),
     [
-        (None, False, True),  # a new run
-        ({}, False, True),  # the setting is new, or has changed: it may be mistyped
-        ({"mlflow": "http://mlflow"}, False, True),
-        ({"mlflow": "the same"}, False, False),
-        (None, True, False),  # of a submission that has begun
+        (None, None, True),  # a new run, or one whose workers died before they opened them
+        ({}, None, True),  # the setting is new, or has changed: it may be mistyped
+        ({"mlflow": "http://mlflow"}, None, True),
+        ({"mlflow": "the same"}, None, False),
+        (None, "other", True),  # submitted again, perhaps with another setting
+        (None, "this", False),
     ],
 )
 def test_a_tracker_that_is_down_ends_a_run_only_if_it_never_worked(
     before: dict[str, str] | None,
-    restarted: bool,
+    opened_by: str | None,
     refused: bool,
     down: str,
     tmp_path: Path,
+    file_store: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loop, "agree", lambda value: value)
-    worker = loop.Worker(0, 1, torch.device("cpu"), report=refuse, restarted=restarted)
+    worker = loop.Worker(0, 1, torch.device("cpu"), report=refuse)
     settings = settings_of(tmp_path, mlflow=down)
+    if opened_by is not None:
+        working = settings_of(tmp_path, mlflow=file_store)
+        loop._trackers(working, worker, tmp_path, opened_by, None).__exit__(None, None, None)
     if before == {"mlflow": "the same"}:
         before = {"mlflow": down}
     with pytest.raises(SettingsError, match=down) if refused else nullcontext():
-        loop._trackers(settings, worker, tmp_path, before)
+        loop._trackers(settings, worker, tmp_path, "this", before)
 
 
-@pytest.mark.parametrize(("status", "refused"), [(401, True), (404, True), (503, False)])
-def test_a_resumed_run_needs_the_trackers_consent_but_not_its_presence(
-    status: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("status", "code", "refused"),
+    [
+        (401, None, True),
+        (404, None, True),
+        (403, "PERMISSION_DENIED", True),
+        (408, None, False),
+        (400, "REQUEST_LIMIT_EXCEEDED", False),
+        (400, "RESOURCE_EXHAUSTED", False),
+        (429, None, False),
+        (503, None, False),
+    ],
+)
+def test_a_resumed_run_ends_if_its_tracker_refuses_but_not_if_it_is_down(
+    status: int,
+    code: str | None,  # MLflow's own, which counts more than HTTP's
+    refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Credentials are given anew to each submission, and can be wrong."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
     class Answering(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_error(status)
+            if code is None:
+                self.send_error(status)
+                return
+            content = json.dumps({"error_code": code, "message": f"error code {status}"}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
     with HTTPServer((HOST, 0), Answering) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         settings = settings_of(tmp_path, mlflow=f"http://{HOST}:{server.server_port}")
         before = {"mlflow": settings.tracking.mlflow}
         try:
-            with pytest.raises(SettingsError, match=str(status)) if refused else nullcontext():
+            with (
+                pytest.raises(SettingsError, match=f"error code {status}")
+                if refused
+                else nullcontext()
+            ):
                 Trackers.open(settings, tmp_path, before=before)
         finally:
             server.shutdown()
@@ -249,6 +281,7 @@ def test_a_resumed_run_needs_the_trackers_consent_but_not_its_presence(
         ("my_host.example.com:80", "has no scheme"),
         ("http:/mlflow:5000", "names no host; remedy: as in http://mlflow:5000"),
         ("https://", "names no host"),
+        ("http://[mlflow", "is not an address: Invalid IPv6 URL"),
     ],
 )
 def test_a_server_without_scheme_or_host_is_refused(uri: str, message: str) -> None:
@@ -269,6 +302,11 @@ def test_a_server_without_scheme_or_host_is_refused(uri: str, message: str) -> N
         "user:hunter2@mlflow:5000",
         "hunter2@mlflow:5000",
         "//user:hunter2@mlflow",
+        "user:hunter2@mlflow",
+        "file://user:hunter2@host/runs",
+        "sqlite+pysqlite://user:hunter2@host/a.db",
+        "http://user:hunter2@h℀st",  # which urlsplit refuses, and shows
+        "http://[user:hunter2@host",
     ],
 )
 def test_a_trackers_password_is_refused_and_never_shown(uri: str, tmp_path: Path) -> None:
@@ -289,6 +327,7 @@ def test_other_addresses_of_mlflow_are_accepted() -> None:
         *("http://mlflow:5000", "./mlflow:5000", "mlruns", "databricks", "databricks://work"),
         *("sqlite:///a.db", "postgresql+psycopg2://db:5432/mlflow", "file:runs"),
         *("./me@work", "file:///home/me@work/runs", "sqlite:////home/me@work/a.db?mode=ro"),
+        *("sqlite+pysqlite:////home/me@work/a.db", "http://mlflow:5000/me%40work"),
     ):
         assert read_settings([f"tracking.mlflow={uri}"]).tracking.mlflow == uri
 

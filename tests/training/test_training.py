@@ -1028,7 +1028,9 @@ def test_a_delayed_attempt_does_not_take_the_run_from_a_later_one(
         for number in (1, 2)
     )
     live, _ = loop._begin_attempt(settings, live)
-    with pytest.raises(LeaseLostError, match="started later has already taken over"):
+    with pytest.raises(
+        LeaseLostError, match=r"started later has already taken over.*remedy.*: delete"
+    ):
         loop._begin_attempt(settings, delayed)
     live.fence()
 
@@ -1157,6 +1159,29 @@ def test_a_checkpoint_needs_all_ranks_manifests(tmp_path: Path) -> None:
     delete_old_checkpoints(str(tmp_path), keep=1)  # the unfinished newer one may be in the making
     assert len(list(tmp_path.iterdir())) == 2
     assert latest_checkpoint(str(tmp_path / "nothing")) is None
+
+
+def test_linked_checkpoints_count_and_are_unlinked(tmp_path: Path) -> None:
+    """Moved to another disk, or as the link `latest` beside them, which may lead nowhere."""
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    for step in (1, 2, 3):
+        name = checkpoint_name(step)
+        storage.write_bytes(str(disk / name / "manifest-00000-of-00001.json"), b"{}")
+        run.mkdir(exist_ok=True)
+        (run / name).symlink_to(disk / name)
+    (run / "latest").symlink_to(run / checkpoint_name(1))
+    delete_old_checkpoints(str(run), keep=1)
+    assert sorted(path.name for path in run.iterdir()) == [checkpoint_name(3), "latest"]
+    assert not (run / "latest").exists()
+    assert latest_checkpoint(str(run)) == str(run / checkpoint_name(3))
+    (disk / checkpoint_name(3) / "manifest-00000-of-00001.json").rename(disk / "manifest")
+    (disk / checkpoint_name(3) / "half").touch()
+    delete_unfinished_checkpoints(str(run), 1)
+    assert [path.name for path in run.iterdir()] == ["latest"]
+    assert sorted(path.name for path in disk.glob("*/*")) == [
+        "half",
+        *("manifest-00000-of-00001.json",) * 2,
+    ]
 
 
 def test_unfinished_shards_do_not_join_another_world_sizes_checkpoint(

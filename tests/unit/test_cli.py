@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -483,14 +484,54 @@ def test_an_output_is_replaced_only_by_all_results(
             same = ("--output", str(tmp_path / name))
             fails("which it would replace: choose another name", model, str(data), *same)
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot JSON\n')
-    fails("bad.jsonl", model, str(tmp_path / "bad.jsonl"), "--output", str(output))
+    absent = tmp_path / "absent"
+    fails(
+        f"--output {absent}/out.jsonl: the folder {absent} does not exist; remedy: mkdir",
+        model,
+        str(rows),
+        "--output",
+        str(absent / "out.jsonl"),
+    )
+    fails("is a folder; remedy: name a file", model, str(rows), "--output", str(tmp_path))
+    output.chmod(0o600)
+    rows.write_text("".join(json.dumps({"text": "a" * n}) + "\n" for n in range(1, 9)))
+    (tmp_path / "bad.jsonl").write_text(rows.read_text() + "not JSON\n")
+    ending = ("--output", str(output), "--batch-size", "1")
+    failed = run("predict", model, str(tmp_path / "bad.jsonl"), *ending)
+    assert "bad.jsonl" in str(failed.exception)
+    unfinished = tmp_path / "out.jsonl.partial"
+    assert f"{unfinished} has the results so far" in failed.output
+    assert output.read_text() == "before"
+    kept = unfinished.read_text().splitlines()
+    assert run("predict", model, str(rows), *ending).exit_code == 0
+    assert kept and kept == output.read_text().splitlines()[: len(kept)]
+    assert output.stat().st_mode & 0o777 == 0o600 and not unfinished.exists()
     output.unlink()
     output.symlink_to(tmp_path / "real.jsonl")
     assert run("predict", model, str(rows), "--output", str(output)).exit_code == 0
-    assert len((tmp_path / "real.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "real.jsonl").read_text().splitlines()) == 8
     assert output.is_symlink()
     assert run("predict", model, str(rows), "--output", "/dev/null").exit_code == 0
     assert Path("/dev/null").is_char_device()
+
+
+def test_results_reach_a_file_that_cannot_be_replaced(
+    addresses: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is itself a mount, as of docker -v. Mounting takes root, so the error is made."""
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    output.touch()
+    before = output.stat().st_ino
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    words = ("predict", addresses["classification"], str(rows), "--output", str(output))
+    assert run(*words).exit_code == 0
+    assert len(output.read_text().splitlines()) == 1 and output.stat().st_ino == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
 
 
 def test_embeddings_are_served_beside_others_or_alone(
@@ -658,7 +699,10 @@ def test_model_folders_are_listed_shown_copied_verified_and_removed(
 
 def test_a_run_that_failed_before_its_first_checkpoint_is_removed(tmp_path: Path) -> None:
     run_folder = tmp_path / "runs" / "wrong"
-    for name in ("lease/00000001.json", "data/train/unfinished/plan.json"):
+    for name in (
+        *("lease/00000001.json", "attempts/00000001.json"),
+        "data/train/unfinished/plan.json",
+    ):
         (run_folder / name).parent.mkdir(parents=True, exist_ok=True)
         (run_folder / name).write_text("{}")
     assert "no models are at or below" in run("models", "ls", str(run_folder)).stdout
@@ -670,6 +714,22 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_removed(tmp_path: Path
     (run_folder / "thesis.tex").unlink()
     assert "deleted" in run("models", "rm", str(run_folder), "--yes").stdout
     assert not run_folder.exists()
+
+
+def test_removing_leaves_what_is_linked(tmp_path: Path) -> None:
+    model, run_folder = tmp_path / "model", tmp_path / "run"
+    for folder in (model, run_folder / "model"):
+        folder.mkdir(parents=True)
+        for name in ("config.json", "manifest.json"):
+            (folder / name).write_text("{}")
+    (run_folder / "history.jsonl").touch()
+    (run_folder / "base").symlink_to(model)
+    (tmp_path / "link").symlink_to(model)
+    with pytest.raises(ValueError, match=f"is a link to {model}: not deleted"):
+        run("models", "rm", str(tmp_path / "link"), "--yes", catch_exceptions=False)
+    assert "deleted" in run("models", "rm", str(run_folder), "--yes").stdout
+    assert not run_folder.exists()
+    assert {path.name for path in model.iterdir()} == {"config.json", "manifest.json"}
 
 
 def test_an_adapter_is_shown_with_its_base(addresses: dict[str, str], tmp_path: Path) -> None:

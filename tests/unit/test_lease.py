@@ -195,6 +195,7 @@ def test_a_holder_renews_after_errors_of_its_file_system(
     """As network file systems return them now and then, for a listing or a file."""
     folder, failed = str(tmp_path / "lease"), threading.Event()
     scandir, opened = os.scandir, builtins.open
+    listed, written = storage.list_files, storage.write_bytes  # errors that these do not translate
 
     def failing(function: Any) -> Any:
         def once(path: Any, *arguments: Any) -> Any:
@@ -206,7 +207,10 @@ def test_a_holder_renews_after_errors_of_its_file_system(
         return once
 
     with Lease(folder, term=TERM) as held:
-        for module, name, function in ((os, "scandir", scandir), (builtins, "open", opened)):
+        for module, name, function in (
+            *((os, "scandir", scandir), (builtins, "open", opened)),
+            *((storage, "list_files", listed), (storage, "write_bytes", written)),
+        ):
             failed.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(module, name, failing(function))

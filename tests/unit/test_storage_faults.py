@@ -338,6 +338,39 @@ def test_files_behind_links_are_listed_once(tmp_path: Path) -> None:
     ]
 
 
+def test_deleting_never_follows_links(tmp_path: Path) -> None:
+    """As rm -r: the link goes, and what it leads to stays."""
+    for name in ("other/model/manifest.json", "other/x.1234.unfinished", "run/own/file"):
+        storage.write_bytes(f"{tmp_path}/{name}", b"")
+    (tmp_path / "other/x.1234.unfinished").write_text("someone writes it")
+    run = tmp_path / "run"
+    for name in ("linked", "own/linked"):
+        (run / name).symlink_to(tmp_path / "other")
+    (run / "broken").symlink_to(tmp_path / "nowhere")
+    found = [file.name for file in storage.list_files(str(run), follow_links=False)]
+    assert found == ["own/file"]
+    storage.delete_unfinished(str(run))
+    storage.delete_folder(f"{run}/linked")
+    assert not (run / "linked").is_symlink()
+    storage.delete_folder(str(run))
+    assert not run.exists()
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == [
+        "model",
+        "x.1234.unfinished",
+    ]
+    assert (tmp_path / "other/model/manifest.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_what_is_not_chosen_is_not_listed(kind: str, tmp_path: Path, s3: LocalS3) -> None:
+    folder = str(tmp_path) if kind == "local" else f"s3://{s3.bucket}/chosen"
+    for name in ("a", "b", "in/a", "in/deep/a", "out/a"):
+        storage.write_bytes(f"{folder}/{name}", b"")
+    chosen = {"a", "in/", "in/a", "in/deep/a", "out/a"}
+    found = [file.name for file in storage.list_files(folder, chosen.__contains__)]
+    assert found == ["a", "in/a"]
+
+
 @pytest.mark.slow
 def test_what_may_not_be_read_is_not_left_out(tmp_path: Path) -> None:
     """A folder, as another user, or a link to a file that is not there."""

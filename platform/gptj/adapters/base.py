@@ -34,9 +34,12 @@ class Base:
     commit: str | None = None
 
     @classmethod
-    def at(cls, address: str, revision: str | None = None) -> Base:
-        """The model currently at an address. FileNotFoundError if there is none."""
-        with ModelFolder.open(address, revision=revision, files=()) as folder:
+    def at(cls, address: str, revision: str | None = None, commit: str | None = None) -> Base:
+        """The model at an address: at the commit, if one is given, or now.
+
+        FileNotFoundError if there is none.
+        """
+        with ModelFolder.open(address, revision=commit or revision, files=()) as folder:
             return cls(address, revision, digest_of(folder), folder.commit)
 
     @classmethod

@@ -18,7 +18,14 @@ from torch import Tensor
 from gptj import storage
 from gptj.checkpoints.cache import CheckpointCache, Lease
 from gptj.checkpoints.hub import commit_of, locate
-from gptj.checkpoints.manifest import MANIFEST, Manifest, nothing_at, read_small, read_verified
+from gptj.checkpoints.manifest import (
+    MANIFEST,
+    Manifest,
+    nothing_at,
+    read_recorded,
+    read_small,
+    read_verified,
+)
 from gptj.checkpoints.weights import KINDS, read_weights, weight_files
 from gptj.errors import CheckpointError
 from gptj.serialization.json_object import parse_object
@@ -155,7 +162,10 @@ class ModelFolder:
         if self.manifest is None:
             return read_small(storage.join(self.address, name))
         self.manifest.record(name)
-        return read_verified(self._copy, name, Manifest(self._copy, self.manifest.files))
+        manifest = Manifest(self._copy, self.manifest.files)
+        if name == TRAINING:  # of earlier versions, with the whole history
+            return read_recorded(self._copy, name, manifest)
+        return read_verified(self._copy, name, manifest)
 
     def read_tokenizer(self) -> dict[str, bytes]:
         """The tokenizer's files that exist, by name.

@@ -227,8 +227,10 @@ def read_small(address: str, limit: int = LIMIT_BYTES) -> bytes:
     return content
 
 
-def read_recorded(folder: str, name: str, manifest: Manifest) -> bytes:
+def read_recorded(folder: str, name: str, manifest: Manifest | None) -> bytes:
     """As read_verified, for a file that may grow beyond LIMIT_BYTES: the manifest has its size."""
+    if manifest is None:
+        return read_verified(folder, name, None)
     recorded = manifest.record(name).size
     if recorded <= LIMIT_BYTES:
         return read_verified(folder, name, manifest)
@@ -278,7 +280,8 @@ class FolderWriter:
 
     def __enter__(self) -> FolderWriter:
         self._check()
-        self._leftovers = {file.name for file in storage.list_files(self.folder)}
+        found = storage.list_files(self.folder, follow_links=False)
+        self._leftovers = {file.name for file in found}
         self._open.enter_context(storage.fenced(self.folder, self._fence))
         return self
 

@@ -301,7 +301,7 @@ def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
             )
             for kind in (OUTPUT, ERRORS)
         }
-    for file in storage.list_files(folder):
+    for file in storage.list_files(folder, follow_links=False):
         # Left by chunks from before the data changed.
         if file.name.startswith((f"{OUTPUT}-", f"{ERRORS}-")) and file.name not in files:
             storage.delete(file.address)

@@ -289,7 +289,7 @@ def answer_loss(start_logits: Tensor, end_logits: Tensor, batch: dict[str, Tenso
     In Hugging Face's loss, which the model uses, padding competes for the answer, so a row's loss
     depends on the lengths of the batch's other rows. This one does not.
     """
-    padding = batch["attention_mask"].to(start_logits.device) == 0
+    padding = batch["attention_mask"].to(start_logits.device, non_blocking=True) == 0
     start_loss, end_loss = (
         span_loss(logits.float().masked_fill(padding, -torch.inf), positions)
         for logits, positions in (

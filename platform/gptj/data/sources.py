@@ -211,7 +211,7 @@ def _files(address: str) -> list[tuple[storage.FileInfo, Format]]:
             raise DataError(f"{address} is none of {READABLE}: rename or convert it")
         return [(storage.stat(address), format)]
     else:
-        files = storage.list_files(address)
+        files = storage.list_files(address, lambda name: not _is_hidden(name))
     if not files:
         raise storage.NotFoundError(f"no file, folder or match at {address}")
     readable = [
@@ -241,11 +241,18 @@ def _on_hub(address: str) -> list[storage.FileInfo]:
 
 
 def _matching(pattern: str) -> list[storage.FileInfo]:
-    """The files that match a pattern; `*` does not match `/`."""
+    """The files that match a pattern; `*` does not match `/`. Reads no other folders."""
     before = pattern.partition("*")[0]
     folder, _, _ = before.rpartition("/")
     root = folder or ("/" if before.startswith("/") else ".")
-    return _fitting(storage.list_files(root), pattern[len(folder) + 1 if "/" in before else 0 :])
+    wanted = pattern[len(folder) + 1 if "/" in before else 0 :].split("/")
+
+    def may_match(name: str) -> bool:
+        parts = name.removesuffix("/").split("/")
+        deep_enough = len(parts) < len(wanted) if name.endswith("/") else len(parts) == len(wanted)
+        return deep_enough and not _is_hidden(name) and all(map(_fits, parts, wanted))
+
+    return storage.list_files(root, may_match)
 
 
 def _fitting(files: list[storage.FileInfo], pattern: str) -> list[storage.FileInfo]:
@@ -262,7 +269,7 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether it is another program's metadata, such as _SUCCESS, .part.crc or .cache."""
+    """Whether it is, or is in, another program's metadata, such as _SUCCESS or .cache."""
     return any(part.startswith((".", "_")) for part in name.split("/"))
 
 

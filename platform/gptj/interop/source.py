@@ -12,7 +12,7 @@ from typing import Any
 
 from gptj import storage
 from gptj.checkpoints.folder import CONFIG, TRAINING
-from gptj.checkpoints.manifest import Manifest, read_verified, verify
+from gptj.checkpoints.manifest import Manifest, read_recorded, verify
 from gptj.checkpoints.weights import weight_files
 from gptj.config import GPTJConfig
 from gptj.errors import CheckpointError
@@ -116,7 +116,7 @@ def _source(address: str, place: Place, given: GPTJConfig | None, tokenizer: str
     config, fitted = fit(tensors, config, address)
     training = None
     if TRAINING in names and manifest is not None:
-        training = json.loads(read_verified(place.address, TRAINING, manifest))
+        training = json.loads(read_recorded(place.address, TRAINING, manifest))
     return Source(
         address, name, config, fitted, _tokenizer(place, names, tokenizer, config), training
     )

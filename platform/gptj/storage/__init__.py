@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 
 from gptj.environment.extras import Extra
 from gptj.storage import local
-from gptj.storage.addresses import is_s3, join, split_s3
+from gptj.storage.addresses import is_s3, join, local_path, split_s3
 from gptj.storage.errors import (
     AccessDeniedError,
     AlreadyExistsError,
@@ -23,7 +23,7 @@ from gptj.storage.errors import (
     StorageError,
     UnreachableError,
 )
-from gptj.storage.listing import FileInfo
+from gptj.storage.listing import FileInfo, every
 from gptj.storage.parallel import PARALLEL, PART_BYTES, for_each
 from gptj.storage.protocol import Storage
 
@@ -93,13 +93,25 @@ def stat(address: str) -> FileInfo:
     return _of(address).stat(address)
 
 
-def list_files(folder: str) -> list[FileInfo]:
+def list_files(
+    folder: str, chosen: Callable[[str], bool] = every, *, follow_links: bool = True
+) -> list[FileInfo]:
     """All files below a folder, sorted by name; empty if there are none.
 
-    NotFoundError if the bucket does not exist, AccessDeniedError if a folder may not be read. Files
-    still being written are not listed. Linked local folders are followed.
+    Files still being written are not listed.
+
+    Args:
+        chosen: which files, and which folders to look into, by their names relative to the folder;
+            a folder's ends with `/`. What is not chosen is not read, and so causes no error.
+        follow_links: whether to look into linked local folders. Otherwise these, and broken links,
+            are left out: do so before deleting.
+
+    Raises:
+        NotFoundError: if the bucket does not exist.
+        AccessDeniedError: if a folder may not be read.
+        StorageError: if a link is broken.
     """
-    return _of(folder).list_files(folder)
+    return _of(folder).list_files(folder, chosen, follow_links=follow_links)
 
 
 def read_bytes(address: str, start: int = 0, length: int | None = None) -> bytes:
@@ -202,12 +214,22 @@ def delete(address: str) -> None:
     _of(address).delete(address)
 
 
-def delete_folder(address: str) -> None:
-    """Delete all files below an address, if there are any."""
+def delete_folder(
+    address: str, *, first: str | None = None, fence: Callable[[], None] = lambda: None
+) -> None:
+    """Delete all files below an address, if there are any. Of a link, only the link.
+
+    Args:
+        first: the file to delete before all others, so that nothing takes the rest for complete.
+        fence: raises if this process may no longer write; called after `first` is deleted.
+    """
+    if first is not None and (is_s3(address) or not local_path(address).is_symlink()):
+        delete(join(address, first))
+        fence()
     _of(address).delete_folder(address)
 
 
-def delete_unfinished(folder: str, chosen: Callable[[str], bool] = lambda name: True) -> None:
+def delete_unfinished(folder: str, chosen: Callable[[str], bool] = every) -> None:
     """Delete the unlisted leftovers of writers that were killed.
 
     Args:

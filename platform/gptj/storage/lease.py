@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 TERM_SECONDS = 60.0
 RENEWALS = 6  # per term
-MOST_TERMS = 10  # of waiting for a storage that takes long to answer: longer than our retries
+MAX_TERMS = 10  # of waiting for a storage that takes long to answer: longer than our retries
 
 
 class LeaseHeldError(Exception):
@@ -88,7 +88,7 @@ def take_over(folder: str, token: tuple[int, ...] = ()) -> Claim:
             raise LeaseLostError(
                 f"a process that was started later has already taken over, according to {folder} "
                 f"(generation {newest}, with the token {larger}, ours is {token}): this one must "
-                f"no longer write"
+                f"no longer write; remedy, if there is no such process: delete {folder}"
             )
         try:
             fields = {"owner": owner, "token": token}
@@ -171,7 +171,7 @@ class Lease:
             if now != first:
                 raise LeaseHeldError(f"process {now.process} on {now.host} is still running")
             took = time.monotonic() - since
-            if time.monotonic() - began > MOST_TERMS * self._term:
+            if time.monotonic() - began > MAX_TERMS * self._term:
                 raise storage.StorageError(
                     f"{folder} takes too long to read ({took:.0f} s the last time) to tell whether "
                     f"process {first.process} on {first.host} still uses it; remedy: try again "

@@ -21,7 +21,7 @@ from gptj.storage.errors import (
     StorageError,
     ends_early,
 )
-from gptj.storage.listing import FileInfo
+from gptj.storage.listing import FileInfo, every
 
 COPY_BYTES = 16 * 2**20
 _UNFINISHED = ".unfinished"
@@ -43,14 +43,20 @@ def stat(address: str) -> FileInfo:
         return _described(path, path.name, path.stat())
 
 
-def list_files(folder: str) -> list[FileInfo]:
-    return sorted(_below(local_path(folder)), key=lambda file: file.name)
+def list_files(
+    folder: str, chosen: Callable[[str], bool] = every, *, follow_links: bool = True
+) -> list[FileInfo]:
+    return sorted(_below(local_path(folder), chosen, follow_links), key=lambda file: file.name)
 
 
 def _below(
-    folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
+    folder: Path,
+    chosen: Callable[[str], bool],
+    follow_links: bool,
+    prefix: str = "",
+    above: frozenset[tuple[int, int]] = frozenset(),
 ) -> Iterator[FileInfo]:
-    """The files below a folder, those behind links too.
+    """The chosen files below a folder, in linked folders too if `follow_links`.
 
     None may be missing unnoticed: what cannot be read is an error, what others delete meanwhile is
     not.
@@ -72,20 +78,26 @@ def _below(
     if (here := (status.st_dev, status.st_ino)) in above:  # by a link to a folder that it is in
         return
     for entry in entries:
+        name = prefix + entry.name
+        as_file, as_folder = chosen(name), chosen(f"{name}/")
+        if not as_file and not as_folder:
+            continue
         try:
             with explaining(entry.path):
                 found = entry.stat()
         except NotFoundError as error:
-            if os.path.islink(entry.path):
+            if os.path.islink(entry.path) and follow_links:
                 raise StorageError(
                     f"{entry.path} is a broken link to {os.readlink(entry.path)}; remedy: restore "
                     f"that, or delete the link"
                 ) from error
             continue
         if S_ISDIR(found.st_mode):
-            yield from _below(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
-        elif S_ISREG(found.st_mode) and not entry.name.endswith(_UNFINISHED):
-            yield _described(folder / entry.name, prefix + entry.name, found)
+            if as_folder and (follow_links or not entry.is_symlink()):
+                inside, within = folder / entry.name, above | {here}
+                yield from _below(inside, chosen, follow_links, f"{name}/", within)
+        elif S_ISREG(found.st_mode) and as_file and not name.endswith(_UNFINISHED):
+            yield _described(folder / entry.name, name, found)
 
 
 def _described(path: Path, name: str, found: os.stat_result) -> FileInfo:
@@ -166,9 +178,12 @@ def delete(address: str) -> None:
 
 
 def delete_folder(address: str) -> None:
-    if local_path(address).exists():
-        with explaining(address):
-            shutil.rmtree(local_path(address))
+    path = local_path(address)
+    with explaining(address):
+        if path.is_symlink():  # what it leads to is not ours to delete
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
 
 
 def delete_unfinished(folder: str, chosen: Callable[[str], bool]) -> None:

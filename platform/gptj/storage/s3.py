@@ -27,7 +27,7 @@ from gptj.storage.errors import (
     UnreachableError,
     ends_early,
 )
-from gptj.storage.listing import FileInfo
+from gptj.storage.listing import FileInfo, every, is_chosen
 from gptj.storage.parallel import PARALLEL, PART_BYTES, for_each
 from gptj.storage.s3_client import (
     OTHER_SERVER,
@@ -78,7 +78,9 @@ def stat(address: str) -> FileInfo:
     return FileInfo(f"s3://{bucket}/{key}", name, found["ContentLength"], found.get("ETag", ""))
 
 
-def list_files(folder: str) -> list[FileInfo]:
+def list_files(
+    folder: str, chosen: Callable[[str], bool] = every, *, follow_links: bool = True
+) -> list[FileInfo]:
     bucket, key = split_s3(folder)
     prefix = f"{key}/" if key else ""
     files = []
@@ -87,7 +89,8 @@ def list_files(folder: str) -> list[FileInfo]:
         for page in pages:
             for item in page.get("Contents", []):
                 name = item["Key"].removeprefix(prefix)
-                if name and not name.endswith("/"):  # some servers list folders too
+                # Some servers list folders too.
+                if name and not name.endswith("/") and is_chosen(name, chosen):
                     found = f"s3://{bucket}/{item['Key']}"
                     files.append(FileInfo(found, name, item["Size"], item.get("ETag", "")))
     return sorted(files, key=lambda file: file.name)

@@ -30,6 +30,10 @@ LOCK = "lock"
 LIMIT_VARIABLE = "GPTJ_SCRATCH_GB"
 
 
+class InvalidLimitError(ValueError):
+    """GPTJ_SCRATCH_GB is not a positive number."""
+
+
 @contextmanager
 def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
     """A new empty folder, deleted at the end of the block.
@@ -64,25 +68,28 @@ def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def shared_scratch_folder(
-    name: str, parent: str | Path | None = None, *, left: Callable[[Path], None] | None = None
+    name: str,
+    parent: str | Path | None = None,
+    *,
+    on_abandoned: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
     """A named folder shared by this node's processes, deleted when the last one leaves.
 
     Other arguments and errors as for scratch_folder.
 
     Args:
-        left: receives a folder of this name whose users were all killed, before anyone else can
-            enter it; None: it is deleted.
+        on_abandoned: receives a folder of this name whose users were all killed, before anyone
+            else can enter it; None: it is deleted.
     """
     root = _root(parent)
     folder = root / f"shared-{name}"
     with FileLock(root / LOCK) as alone:
         alone.take()
-        _delete_abandoned(root, kept=None if left is None else folder)
+        _delete_abandoned(root, kept=None if on_abandoned is None else folder)
         abandoned = folder.is_dir() and _is_abandoned(folder)
         (folder / "content").mkdir(parents=True, exist_ok=True)
-        if abandoned and left is not None:
-            left(folder / "content")
+        if abandoned and on_abandoned is not None:
+            on_abandoned(folder / "content")
         held = FileLock(folder / LOCK)
         held.share()
     try:
@@ -94,10 +101,10 @@ def shared_scratch_folder(
             _delete_if_abandoned(folder)
 
 
-def room_left() -> int | None:
-    """Bytes that the system's temporary folder's scratch folders may still take; None: no limit.
+def room_limit() -> int | None:
+    """Bytes that the system's temporary folder's scratch folders may take; None: no limit.
 
-    ValueError if the limit is invalid.
+    InvalidLimitError if GPTJ_SCRATCH_GB is not a positive number.
     """
     text = os.environ.get(LIMIT_VARIABLE)
     if not text:
@@ -107,7 +114,12 @@ def room_left() -> int | None:
     except (ValueError, OverflowError):
         limit = 0
     if limit <= 0:
-        raise ValueError(f"{LIMIT_VARIABLE} must be a positive number of GB, got {text!r}")
+        raise InvalidLimitError(f"{LIMIT_VARIABLE} must be a positive number of GB, got {text!r}")
+    return limit
+
+
+def room_left(limit: int) -> int:
+    """Bytes of the limit that the system's temporary folder's scratch folders have not taken."""
     return max(0, limit - _bytes_in(_root(None)))
 
 

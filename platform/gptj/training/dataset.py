@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gptj import storage
 from gptj.checkpoints.manifest import Manifest, describe
@@ -35,7 +35,7 @@ from gptj.data.split import Split
 from gptj.errors import CheckpointError
 from gptj.storage.file_lock import FileLock
 from gptj.tokenizer import GPTJTokenizer
-from gptj.training.failures import EXAMPLES_REMEDY, naming_full_disk
+from gptj.training.failures import EXAMPLES_LIMIT_REMEDY, EXAMPLES_REMEDY, naming_full_disk
 from gptj.training.fingerprint import Fingerprint
 from gptj.training.room import check_room_for
 from gptj.training.settings import Settings, SettingsError
@@ -47,7 +47,7 @@ TOKEN_BYTES = 4
 LOCK = "tokenizing.lock"
 FINGERPRINTS = "fingerprints.json"  # written last
 EXAMPLES = "examples.json"  # a manifest of the examples' files
-LEFT = "left.json"  # fingerprints of killed processes' examples, until these are checked
+ABANDONED = "abandoned.json"  # fingerprints of killed processes' examples, until these are checked
 
 Prepare = Callable[[Plan, str, GPTJTokenizer], object]  # like gptj.data.preparing.prepare
 
@@ -125,7 +125,7 @@ def node_data(
             with naming_full_disk(folder, remedy=EXAMPLES_REMEDY):
                 _make(settings, tokenizer, folder, prepared or {})
     task = settings.task_definition
-    found = json.loads((folder / FINGERPRINTS).read_text())
+    found = _read_fingerprints(folder / FINGERPRINTS)
     return TaskData(
         task.load(folder / found["train"]["folder"]),
         task.load(folder / found["evaluation"]["folder"]) if "evaluation" in found else None,
@@ -140,18 +140,37 @@ def set_aside(folder: Path) -> None:
     Call before anyone else uses the folder. Examples that are not finished are deleted.
     """
     names: set[str] = set()
-    for fingerprints in (folder / FINGERPRINTS, folder / LEFT):  # LEFT: killed as it was checking
+    # ABANDONED is there if a process was killed as it was checking.
+    for fingerprints in (folder / FINGERPRINTS, folder / ABANDONED):
         if fingerprints.exists():
-            found = json.loads(fingerprints.read_text())
-            names = {EXAMPLES, LEFT, *(each["folder"] for each in found.values())}
-            fingerprints.rename(folder / LEFT)
+            try:
+                found = _read_fingerprints(fingerprints)
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                logger.warning("making the examples again: %s is damaged: %s", fingerprints, error)
+                break
+            names = {EXAMPLES, ABANDONED, *(each["folder"] for each in found.values())}
+            fingerprints.rename(folder / ABANDONED)
             break
     _delete_all(folder, but=names)
 
 
+def _read_fingerprints(path: Path) -> dict[str, dict[str, Any]]:
+    """Each data set's folder, fingerprint and commit.
+
+    ValueError, TypeError, LookupError or AttributeError if the file is damaged, which a machine
+    that lost power leaves empty: it is not synced.
+    """
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    for each in (found["train"], *found.values()):
+        Fingerprint(**each["fingerprint"])
+        path.with_name(each["folder"])
+        each["commit"]
+    return found
+
+
 def _recover(folder: Path) -> bool:
     """Whether killed processes have left their examples, complete and unaltered."""
-    if not (folder / LEFT).exists():
+    if not (folder / ABANDONED).exists():
         return False
     try:
         manifest = Manifest.read(str(folder), EXAMPLES)
@@ -162,7 +181,7 @@ def _recover(folder: Path) -> bool:
         logger.warning("making the examples again: %s", error)
         _delete_all(folder, but={LOCK})
         return False
-    (folder / LEFT).rename(folder / FINGERPRINTS)
+    (folder / ABANDONED).rename(folder / FINGERPRINTS)
     logger.info("going on with this node's examples, which are complete")
     return True
 
@@ -253,7 +272,8 @@ def _make(
             )
         target = folder / f"{name}-{suffix}"
         needed = _example_bytes(settings, source.index)
-        check_room_for(f"the examples of {address}", needed, folder, EXAMPLES_REMEDY)
+        remedies = EXAMPLES_REMEDY, EXAMPLES_LIMIT_REMEDY
+        check_room_for(f"the examples of {address}", needed, folder, *remedies)
         with naming_full_disk(folder, remedy=EXAMPLES_REMEDY):
             task.write(target, source, tokenizer, settings.data, labels)
         labels = task.load(target).labels
@@ -272,17 +292,19 @@ def _make(
                 source.index.bad[0],
             )
         shutil.rmtree(raw, ignore_errors=True)
-    logger.info("made examples of %d rows in %.1f s", rows, time.monotonic() - started)
     files = [
         path.relative_to(folder).as_posix()
         for each in found.values()
         for path in (folder / str(each["folder"])).rglob("*")
         if path.is_file()
     ]
-    describe(str(folder), files).write(EXAMPLES)
+    manifest = describe(str(folder), files)
+    (folder / EXAMPLES).unlink(missing_ok=True)  # of a process that failed below
+    manifest.write(EXAMPLES)
     unfinished = folder / f"{FINGERPRINTS}.{suffix}"
     unfinished.write_text(json.dumps(found))
     unfinished.rename(folder / FINGERPRINTS)
+    logger.info("made examples of %d rows in %.1f s", rows, time.monotonic() - started)
 
 
 def _example_bytes(settings: Settings, index: Index) -> int:

@@ -16,6 +16,7 @@ from gptj.data.sources import DataError
 from gptj.errors import CheckpointError
 from gptj.storage import AccessDeniedError, AlreadyExistsError, NotFoundError
 from gptj.storage.lease import LeaseLostError
+from gptj.storage.scratch import InvalidLimitError
 from gptj.training.settings import SettingsError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -27,6 +28,9 @@ DISK_REMEDY = (
 LIMIT_REMEDY = (
     "remedy: enlarge the volume of temporary files together with GPTJ_SCRATCH_GB, or spread the "
     "workers over more nodes"
+)
+EXAMPLES_LIMIT_REMEDY = (  # each node holds all of them
+    "remedy: enlarge the volume of temporary files together with GPTJ_SCRATCH_GB"
 )
 EXAMPLES_REMEDY = (
     "remedy: free space there, or set TMPDIR on each node to a folder with room for the data's "
@@ -70,6 +74,7 @@ _SAME_AGAIN = (
     AlreadyExistsError,
     AccessDeniedError,
     LeaseLostError,
+    InvalidLimitError,
 )
 
 

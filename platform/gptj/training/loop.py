@@ -33,6 +33,7 @@ from gptj.environment.devices import check_device
 from gptj.environment.extras import Extra
 from gptj.errors import CheckpointError
 from gptj.pretrained import GPTJPreTrainedModel
+from gptj.serialization.json_object import parse_object
 from gptj.storage.lease import Claim, take_over
 from gptj.storage.scratch import scratch_folder, shared_scratch_folder
 from gptj.tokenizer import GPTJTokenizer
@@ -77,6 +78,7 @@ from gptj.training.trackers import Trackers
 from gptj.training.weights import PRECISIONS, all_finite, build_model, export_model, undo_first_step
 
 ATTEMPTS = "attempts"  # in a run's folder, which attempt has it
+TRACKED = "tracked.json"  # there, the last submission that has opened its trackers
 
 logger = logging.getLogger(__name__)
 deepspeed = Extra("deepspeed", "training")
@@ -103,14 +105,15 @@ class Worker:
     # Orders the run's attempts by when they were started, rather than by when they get to run: an
     # earlier one that was delayed does not take the run from a later one.
     fencing_token: tuple[int, ...] = ()
-    # Whether this submission's workers were started before: its settings have been accepted.
-    restarted: bool = False
     # Returns the reason if the run should stop; ranks may learn it at different times.
     stop: Callable[[], str | None] = lambda: None
-    # Names the tokenized data that a node's processes share; None: rank 0 generates a name.
+    # The same at each restart of the workers; names the tokenized data that a node's processes
+    # share. None: rank 0 generates a name.
     submission: str | None = None
     # Addresses of the run's prepared data, by name (gptj.training.dataset); None: not prepared.
     prepared: Mapping[str, str] | None = None
+    # The commit of the hub at which a new run reads the model's checkpoint; None: its branch's now.
+    commit: str | None = None
 
 
 def train(settings: Settings, worker: Worker) -> dict[str, float]:
@@ -146,24 +149,25 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         progress.settings = settings.model_dump(mode="json")
         progress.world_size = worker.world_size
     submission = agree(worker.submission or uuid.uuid4().hex)
+    assert submission is not None
     with (
-        shared_scratch_folder(f"data-{submission}", left=set_aside) as shared,
+        shared_scratch_folder(f"data-{submission}", on_abandoned=set_aside) as shared,
         scratch_folder() as scratch,
         naming_full_disk(scratch),
         guarded_builds(),
-        _trackers(settings, worker, scratch, tracking) as trackers,
+        _trackers(settings, worker, scratch, submission, tracking) as trackers,
     ):
-        # Its branch may have moved since the run began.
+        if checkpoint is None and settings.model.checkpoint:
+            start = settings.model.checkpoint, settings.model.revision or None
+            found = Base.at(*start, worker.commit)
+            found = replace(found, commit=agree(found.commit))
+            progress.start = asdict(found)
+            progress.base = progress.start if settings.adapter is not None else None
+        # Before anything is read: its branch may move, and may have since the run began.
         pinned = settings.pinned((progress.start or {}).get("commit"))
         tokenizer, data = read_alike(pinned, worker.world_size, shared, worker.prepared)
         if checkpoint is not None:
             check_same_data(settings, checkpoint, progress, data.fingerprints)
-        elif settings.model.checkpoint:
-            found = Base.at(settings.model.checkpoint, settings.model.revision or None)
-            found = replace(found, commit=agree(found.commit))
-            pinned = settings.pinned(found.commit)
-            progress.start = asdict(found)
-            progress.base = progress.start if settings.adapter is not None else None
         progress.data = {name: asdict(each) for name, each in data.fingerprints.items()}
         config = make_config(pinned, tokenizer, data.train.labels)
         total = settings.total_steps(len(data.train))
@@ -517,9 +521,7 @@ class _Run:
             if storage.exists(manifest):
                 logger.info("replacing %s, exported before the run was extended", address)
             self.worker.fence()
-            storage.delete(manifest)  # first: it marks the folder as a model
-            self.worker.fence()
-            storage.delete_folder(address)
+            storage.delete_folder(address, first=MANIFEST, fence=self.worker.fence)
             storage.delete_unfinished(address)
 
     def _step(self, engine: Any, data: Data, loader: Loader) -> None:
@@ -829,7 +831,11 @@ def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
 
 
 def _trackers(
-    settings: Settings, worker: Worker, scratch: Path, before: Mapping[str, Any] | None
+    settings: Settings,
+    worker: Worker,
+    scratch: Path,
+    submission: str,
+    before: Mapping[str, Any] | None,
 ) -> Trackers:
     """Open the trackers on rank 0. Raises SettingsError on all ranks.
 
@@ -839,12 +845,26 @@ def _trackers(
     trackers, fault = Trackers([]), None
     if worker.rank == 0:
         try:
-            trackers = Trackers.open(settings, scratch, before=before, restarted=worker.restarted)
+            accepted = _has_tracked(settings, submission)
+            trackers = Trackers.open(settings, scratch, before=before, accepted=accepted)
+            if not accepted and (settings.tracking.mlflow or settings.tracking.wandb):
+                worker.fence()
+                content = json.dumps({"submission": submission}).encode()
+                storage.write_bytes(storage.join(settings.folder, TRACKED), content)
         except SettingsError as error:
             fault = str(error)
     if (message := agree(fault)) is not None:
         raise SettingsError(message)
     return trackers
+
+
+def _has_tracked(settings: Settings, submission: str) -> bool:
+    """Whether the submission has opened its trackers before, and so its settings are good."""
+    address = storage.join(settings.folder, TRACKED)
+    if not storage.exists(address):
+        return False
+    fields = parse_object(storage.read_bytes(address), address)
+    return fields.get("submission") == submission
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -28,7 +28,7 @@ HISTORY = "history.jsonl"
 CURVE = "loss.png"
 TENSORBOARD = "tensorboard"
 SHARES = ("exact_match", "accuracy")  # from 0 to 1
-MOST_POINTS = 20_000  # of each kind in a model folder, whose readers limit the size of files
+MAX_POINTS = 20_000  # of each kind in a model folder, whose readers limit the size of files
 METRICS = (*SHARES, "mse", "perplexity")  # the curve shows the first that a task has
 
 
@@ -202,7 +202,7 @@ class ProgressLog:
 
 
 def thinned(
-    history: Sequence[Mapping[str, float | None]], most: int = MOST_POINTS
+    history: Sequence[Mapping[str, float | None]], most: int = MAX_POINTS
 ) -> list[Mapping[str, float | None]]:
     """At most so many points of the loss and of evaluations, evenly spaced, each with its last."""
     kept: set[int] = set()

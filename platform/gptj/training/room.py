@@ -19,26 +19,26 @@ import torch.distributed as dist
 from torch import nn
 
 from gptj import storage
-from gptj.storage.scratch import LIMIT_VARIABLE, room_left
+from gptj.storage.scratch import LIMIT_VARIABLE, room_left, room_limit
 from gptj.training.failures import DISK_REMEDY, LIMIT_REMEDY, DiskFullError, gigabytes
 from gptj.training.optimizer import STORED_MOMENT_BYTES
 from gptj.training.settings import Settings
 
 MASTER_BYTES = 4  # of a weight in fp32
-_ALLOWED = -1  # in place of a disk: the node's GPTJ_SCRATCH_GB
 SPARE_BYTES = 32 * 2**20  # for names, random states, TensorBoard's files, the curve
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one rank writes to one disk for a checkpoint."""
+    """What one rank writes to one disk, or of what GPTJ_SCRATCH_GB allows, for a checkpoint."""
 
     node: str
     boot: str  # the kernel's boot id: several machines may share a hostname
-    disk: int  # st_dev, or _ALLOWED
+    disk: int  # st_dev
     folder: str
     bytes: int
     free: int
+    limit: int | None = None  # bytes of GPTJ_SCRATCH_GB, if this is about them
 
 
 def checkpoint_bytes(settings: Settings, model: nn.Module, rank: int, world_size: int) -> int:
@@ -65,42 +65,64 @@ def check_room(scratch: Path, results: str, needed: int) -> None:
         DiskFullError: on all ranks, with the node, the folder, and the bytes needed and free.
     """
     mine = [_need(scratch, needed + SPARE_BYTES)]
-    if (allowed := room_left()) is not None:
-        mine.append(replace(mine[0], disk=_ALLOWED, free=allowed))
+    if (limit := room_limit()) is not None:
+        mine.append(replace(mine[0], free=room_left(limit), limit=limit))
     if not storage.is_s3(results):
         mine.append(_need(Path(results), needed + SPARE_BYTES))
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    disks: dict[tuple[str, str, int], list[Need]] = {}
+    disks: dict[tuple[str, str, int, bool], list[Need]] = {}
     for need in [need for each in found for need in each]:
-        disks.setdefault((need.node, need.boot, need.disk), []).append(need)
-    for (node, _, disk), needs in disks.items():
+        disk = (need.node, need.boot, need.disk, need.limit is not None)
+        disks.setdefault(disk, []).append(need)
+    for (node, *_), needs in disks.items():
         total, free = sum(each.bytes for each in needs), min(each.free for each in needs)
         if total > free:
             folders = " and ".join(dict.fromkeys(each.folder for each in needs))
-            limit = disk == _ALLOWED
-            place = f"{LIMIT_VARIABLE} for" if limit else "the disk of"
+            if (limit := needs[0].limit) is not None:
+                raise DiskFullError(
+                    f"{_leaves(limit, free)} in {folders} on node {node} for a checkpoint, of "
+                    f"which its {len(needs)} workers write {gigabytes(total)}; {LIMIT_REMEDY}"
+                )
             raise DiskFullError(
-                f"{place} {folders} on node {node} has no room for a checkpoint: "
+                f"the disk of {folders} on node {node} has no room for a checkpoint: "
                 f"{gigabytes(total)} are needed there, for the parts of {len(found)} workers, and "
-                f"{gigabytes(free)} are free; {LIMIT_REMEDY if limit else DISK_REMEDY}"
+                f"{gigabytes(free)} are free; {DISK_REMEDY}"
             )
 
 
-def check_room_for(address: str, size: int, folder: Path, remedy: str = DISK_REMEDY) -> None:
-    """DiskFullError if a local folder lacks the room for a file of so many bytes."""
-    allowed = room_left()
-    if allowed is not None and allowed < size and folder.is_relative_to(tempfile.gettempdir()):
-        raise DiskFullError(
-            f"{LIMIT_VARIABLE} for {folder} has no room for {address}: {gigabytes(size)} are "
-            f"needed there, and {gigabytes(allowed)} are free; {LIMIT_REMEDY}"
-        )
+def check_room_for(
+    address: str,
+    size: int,
+    folder: Path,
+    remedy: str = DISK_REMEDY,
+    limit_remedy: str = LIMIT_REMEDY,
+) -> None:
+    """DiskFullError if a local folder lacks the room for a file of so many bytes.
+
+    What other processes are about to write there is not known.
+
+    Args:
+        remedy: for a full disk.
+        limit_remedy: if GPTJ_SCRATCH_GB leaves too little.
+    """
+    limit = room_limit()
+    if limit is not None and folder.is_relative_to(tempfile.gettempdir()):
+        if (free := room_left(limit)) < size:
+            raise DiskFullError(
+                f"{_leaves(limit, free)} in {folder} for {address}, which needs "
+                f"{gigabytes(size)}; {limit_remedy}"
+            )
     usage = shutil.disk_usage(folder)
     if usage.total and usage.free < size:
         raise DiskFullError(
             f"the disk of {folder} has no room for {address}: {gigabytes(size)} are needed there, "
             f"and {gigabytes(usage.free)} are free; {remedy}"
         )
+
+
+def _leaves(limit: int, free: int) -> str:
+    return f"{LIMIT_VARIABLE}={limit / 1e9:g} leaves {gigabytes(free)}"
 
 
 def _need(folder: Path, size: int) -> Need:

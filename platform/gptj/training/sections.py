@@ -209,6 +209,8 @@ class AdapterSettings(Section):
 
 
 _HOST_AND_PORT = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:]+\]):\d+(/.*)?")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=:)")
+_USER_AT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)?//[^/?#]*@")
 _AT_HOST = re.compile(r"[^/]+@[^/]+:\d+")  # without a scheme
 _SECRET = re.compile(r"(?i)[?&;][^=?&;]*(user|passw|pwd|token|secret|api_?key)[^=?&;]*=")
 _SQLITE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[^?]+)(?P<query>.*)")
@@ -230,17 +232,22 @@ def absolute_tracking_uri(uri: str) -> str:
 
 
 def _tracking_uri(uri: str) -> str:
-    parts = urlsplit(uri)
+    found = _SCHEME.match(uri)
+    scheme = found[0].lower().partition("+")[0] if found else ""
     # Anywhere: in a password, / ? and # end what is parsed as user and host.
-    user = "@" in uri and (parts.scheme not in ("", "file", "sqlite") or _AT_HOST.match(uri))
-    if user or "@" in parts.netloc or _SECRET.search(uri):
+    user = "@" in uri and (scheme not in ("", "file", "sqlite") or _AT_HOST.match(uri))
+    if user or _USER_AT.match(uri) or _SECRET.search(uri):
         raise ValueError(  # without the address
-            "the address has a user, password or token in it (any other @ is written %40), which "
-            "logs, checkpoints and the model's training.json would show; remedy: leave it out, and "
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, "
-            "in the workers' environment; for a database, its own variables, such as PGUSER and "
-            "PGPASSWORD"
+            "the address has a user, password or token in it, which logs, checkpoints and the "
+            "model's training.json would show; remedy: leave it out, and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in "
+            "the workers' environment; for a database, its own variables, such as PGUSER and "
+            "PGPASSWORD; write an @ in a path as %40"
         )
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise ValueError(f"{uri!r} is not an address: {error}") from error
     if _HOST_AND_PORT.fullmatch(uri):  # to MLflow a folder, or an unknown scheme
         raise ValueError(
             f"{uri!r} has no scheme; remedy: http://{uri} or https://{uri} for a server, ./{uri} "

@@ -250,11 +250,14 @@ def is_complete(settings: Settings) -> bool:
 def _checkpoints(folder: str) -> dict[str, bool]:
     """The checkpoints in a run's folder, and whether all ranks have finished them."""
     files: dict[str, list[str]] = {}
-    for file in storage.list_files(folder):
+    for file in storage.list_files(folder, _is_of_checkpoint):
         name, _, rest = file.name.partition("/")
-        if _CHECKPOINT.fullmatch(name):
-            files.setdefault(name, []).append(rest)
+        files.setdefault(name, []).append(rest)
     return {name: _writers(each) is not None for name, each in files.items()}
+
+
+def _is_of_checkpoint(name: str) -> bool:
+    return "/" in name and _CHECKPOINT.fullmatch(name.partition("/")[0]) is not None
 
 
 def _writers(names: Iterable[str]) -> int | None:

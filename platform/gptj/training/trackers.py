@@ -74,7 +74,7 @@ class Trackers:
         scratch: Path,
         *,
         before: Mapping[str, Any] | None = None,
-        restarted: bool = False,
+        accepted: bool = False,
     ) -> Trackers:
         """Open the settings' trackers.
 
@@ -82,7 +82,7 @@ class Trackers:
 
         Args:
             before: settings.tracking of the checkpoint that the run resumes from, if any.
-            restarted: whether this is a restart with unchanged settings, which nobody watches.
+            accepted: whether this submission has opened them before: nobody watches its restarts.
 
         Raises:
             SettingsError: with the library's message, if another one fails, or one refuses the
@@ -100,7 +100,7 @@ class Trackers:
                 found.append(kind(settings, scratch))
             except Exception as error:  # both libraries pass on any error of their transports
                 known = before is not None and before.get(name) == given
-                if restarted or (known and not kind.is_refusal(error)):
+                if accepted or (known and not kind.is_refusal(error)):
                     logger.warning(
                         "going on without tracking.%s=%s until the next restart: %s",
                         name,
@@ -111,8 +111,9 @@ class Trackers:
                 for each in found:
                     each.close("failed")
                 raise SettingsError(
-                    f"tracking.{name}={given}: {error}; remedy: correct it or the credentials in "
-                    f"the workers' environment, or leave it out"
+                    f"tracking.{name}={given}: {error}; remedy: start the server if it is down, "
+                    f"correct the setting or the credentials in the workers' environment, or leave "
+                    f"it out"
                 ) from error
         return cls(found)
 
@@ -209,7 +210,8 @@ class MLflowTracker(Tracker):
         """If the server, or the library before it asked one, reports a client error of HTTP."""
         if not isinstance(error, mlflow.exceptions.MlflowException):
             return False
-        return 400 <= int(error.get_http_status_code()) < 500
+        status = int(error.get_http_status_code())
+        return 400 <= status < 500 and status not in (408, 429)  # a timeout, too many requests
 
 
 class WandbTracker(Tracker):
