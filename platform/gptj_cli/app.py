@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import secrets
 import shutil
 import stat
 import sys
@@ -494,8 +495,8 @@ def _results(output: Path | None) -> Iterator[TextIO]:
             yield target
     else:
         path = output.resolve()  # a link stays
-        unfinished = path.with_name(f"{path.name}.partial")
-        unfinished.unlink(missing_ok=True)  # of an earlier failure
+        # A name of its own: it replaces neither another run's results nor an earlier failure's.
+        unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         try:
             with unfinished.open("x", encoding="utf-8") as target:
                 if path.exists():
@@ -511,11 +512,14 @@ def _results(output: Path | None) -> Iterator[TextIO]:
 
 
 def _put(source: Path, path: Path) -> None:
-    """Move a file to a path; copy it if the path cannot be replaced, as a mounted file cannot."""
+    """Move a file to a path; copy it if the path cannot be replaced.
+
+    As a mounted file, or another user's in a sticky folder.
+    """
     try:
         source.replace(path)
     except OSError as error:
-        if error.errno != errno.EBUSY:
+        if error.errno not in (errno.EBUSY, errno.EPERM, errno.EACCES):
             raise
         shutil.copyfile(source, path)
         source.unlink()

@@ -152,7 +152,7 @@ def removable(address: str) -> list[FileInfo]:
     address = normalized(address)
     if not storage.is_s3(address) and (path := Path(address)).is_symlink():
         raise ValueError(
-            f"{address} is a link to {path.readlink()}: not deleted; remedy: name that, or delete "
+            f"{address} is a link to {path.resolve()}: not deleted; remedy: name that, or delete "
             f"the link with rm"
         )
     files = storage.list_files(address, follow_links=False)

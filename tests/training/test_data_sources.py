@@ -658,6 +658,9 @@ def test_hidden_folders_are_ignored(tmp_path: Path) -> None:
     for name in (".cache", "_temporary"):
         write([{"text": "hidden"}], tmp_path / name / "b.jsonl")
     assert [row["text"] for row in values(tmp_path)] == ["a"]
+    (tmp_path / "a.jsonl").rename(tmp_path / "_a.jsonl")
+    with pytest.raises(DataError, match=r"begin with \. or _.*; remedy: rename them"):
+        values(tmp_path)
 
 
 def test_what_an_address_leaves_out_is_not_read(tmp_path: Path, monkeypatch: Any) -> None:

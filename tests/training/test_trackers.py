@@ -219,8 +219,26 @@ def test_a_tracker_that_is_down_ends_a_run_only_if_it_never_worked(
         loop._trackers(working, worker, tmp_path, opened_by, None).__exit__(None, None, None)
     if before == {"mlflow": "the same"}:
         before = {"mlflow": down}
+    record = Path(settings.folder) / loop.TRACKED
+    written = record.read_text() if opened_by is not None else None
     with pytest.raises(SettingsError, match=down) if refused else nullcontext():
         loop._trackers(settings, worker, tmp_path, "this", before)
+    # One that is down has not been opened.
+    assert (record.read_text() if record.exists() else None) == written
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_damaged_record_of_opened_trackers_only_has_them_checked_again(
+    file_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "agree", lambda value: value)
+    worker = loop.Worker(0, 1, torch.device("cpu"), report=refuse)
+    settings = settings_of(tmp_path, mlflow=file_store)
+    record = Path(settings.folder) / loop.TRACKED
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text("")
+    with loop._trackers(settings, worker, tmp_path, "this", None):
+        assert json.loads(record.read_text()) == {"submission": "this"}
 
 
 @pytest.mark.parametrize(

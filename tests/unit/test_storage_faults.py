@@ -347,6 +347,7 @@ def test_deleting_never_follows_links(tmp_path: Path) -> None:
     for name in ("linked", "own/linked"):
         (run / name).symlink_to(tmp_path / "other")
     (run / "broken").symlink_to(tmp_path / "nowhere")
+    (run / "loop").symlink_to(run / "loop")
     found = [file.name for file in storage.list_files(str(run), follow_links=False)]
     assert found == ["own/file"]
     storage.delete_unfinished(str(run))

@@ -280,8 +280,7 @@ class FolderWriter:
 
     def __enter__(self) -> FolderWriter:
         self._check()
-        found = storage.list_files(self.folder, follow_links=False)
-        self._leftovers = {file.name for file in found}
+        self._leftovers = {file.name for file in storage.list_files(self.folder)}
         self._open.enter_context(storage.fenced(self.folder, self._fence))
         return self
 

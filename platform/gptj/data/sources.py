@@ -213,6 +213,11 @@ def _files(address: str) -> list[tuple[storage.FileInfo, Format]]:
     else:
         files = storage.list_files(address, lambda name: not _is_hidden(name))
     if not files:
+        if "*" not in address and storage.list_files(address):
+            raise DataError(
+                f"{address} has only files whose names, or folders', begin with . or _, which are "
+                f"not read; remedy: rename them, or name one file"
+            )
         raise storage.NotFoundError(f"no file, folder or match at {address}")
     readable = [
         (file, format)

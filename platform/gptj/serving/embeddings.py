@@ -250,7 +250,7 @@ def embeddings_app(
         """Embed texts or token ids, as OpenAI's embeddings API does."""
         reply = await service.embed(request)
         # Serialized here: FastAPI would validate it again, on the event loop.
-        numbers = sum(len(each.embedding) for each in reply.data)
+        numbers = sum(0 if isinstance(v := each.embedding, str) else len(v) for each in reply.data)
         content = await in_reply_thread(numbers, reply.model_dump_json)
         return Response(content, media_type="application/json")
 

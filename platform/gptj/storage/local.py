@@ -85,8 +85,13 @@ def _below(
         try:
             with explaining(entry.path):
                 found = entry.stat()
-        except NotFoundError as error:
-            if os.path.islink(entry.path) and follow_links:
+        except StorageError as error:
+            linked = os.path.islink(entry.path)
+            if linked and not follow_links:
+                continue
+            if not isinstance(error, NotFoundError):
+                raise
+            if linked:
                 raise StorageError(
                     f"{entry.path} is a broken link to {os.readlink(entry.path)}; remedy: restore "
                     f"that, or delete the link"

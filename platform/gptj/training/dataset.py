@@ -157,8 +157,8 @@ def set_aside(folder: Path) -> None:
 def _read_fingerprints(path: Path) -> dict[str, dict[str, Any]]:
     """Each data set's folder, fingerprint and commit.
 
-    ValueError, TypeError, LookupError or AttributeError if the file is damaged, which a machine
-    that lost power leaves empty: it is not synced.
+    ValueError, TypeError, LookupError or AttributeError if the file is damaged: it is not synced,
+    so it may be empty after a power loss.
     """
     found: dict[str, dict[str, Any]] = json.loads(path.read_text())
     for each in (found["train"], *found.values()):

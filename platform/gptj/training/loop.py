@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -845,12 +846,16 @@ def _trackers(
     trackers, fault = Trackers([]), None
     if worker.rank == 0:
         try:
-            accepted = _has_tracked(settings, submission)
+            tracks = bool(settings.tracking.mlflow or settings.tracking.wandb)
+            accepted = tracks and _has_tracked(settings, submission)
             trackers = Trackers.open(settings, scratch, before=before, accepted=accepted)
-            if not accepted and (settings.tracking.mlflow or settings.tracking.wandb):
-                worker.fence()
-                content = json.dumps({"submission": submission}).encode()
-                storage.write_bytes(storage.join(settings.folder, TRACKED), content)
+            if tracks and not accepted and trackers.complete:
+                with ExitStack() as stack:
+                    stack.push(trackers)  # closed if this fails
+                    worker.fence()
+                    content = json.dumps({"submission": submission}).encode()
+                    storage.write_bytes(storage.join(settings.folder, TRACKED), content)
+                    stack.pop_all()
         except SettingsError as error:
             fault = str(error)
     if (message := agree(fault)) is not None:
@@ -863,7 +868,11 @@ def _has_tracked(settings: Settings, submission: str) -> bool:
     address = storage.join(settings.folder, TRACKED)
     if not storage.exists(address):
         return False
-    fields = parse_object(storage.read_bytes(address), address)
+    try:
+        fields = parse_object(storage.read_bytes(address), address)
+    except CheckpointError as error:
+        logger.warning("%s; the trackers are checked again", error)
+        return False
     return fields.get("submission") == submission
 
 

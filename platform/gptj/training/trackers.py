@@ -64,8 +64,9 @@ class Trackers:
     Errors after opening are only logged: the run does not depend on trackers.
     """
 
-    def __init__(self, trackers: list[Tracker]) -> None:
+    def __init__(self, trackers: list[Tracker], *, complete: bool = True) -> None:
         self._trackers = trackers
+        self.complete = complete  # none is missing because it failed
 
     @classmethod
     def open(
@@ -89,6 +90,7 @@ class Trackers:
                 address or the credentials.
         """
         found: list[Tracker] = []
+        complete = True
         kinds: list[tuple[str, str | None, type[MLflowTracker] | type[WandbTracker]]] = [
             ("mlflow", settings.tracking.mlflow, MLflowTracker),
             ("wandb", settings.tracking.wandb, WandbTracker),
@@ -107,6 +109,7 @@ class Trackers:
                         given,
                         error,
                     )
+                    complete = False
                     continue
                 for each in found:
                     each.close("failed")
@@ -115,7 +118,7 @@ class Trackers:
                     f"correct the setting or the credentials in the workers' environment, or leave "
                     f"it out"
                 ) from error
-        return cls(found)
+        return cls(found, complete=complete)
 
     def __enter__(self) -> Trackers:
         return self
