@@ -88,7 +88,7 @@ def take_over(folder: str, token: tuple[int, ...] = ()) -> Claim:
             raise LeaseLostError(
                 f"a process that was started later has already taken over, according to {folder} "
                 f"(generation {newest}, with the token {larger}, ours is {token}): this one must "
-                f"no longer write; remedy, if there is no such process: delete {folder}"
+                f"not write any more; if no such process is running, delete {folder}"
             )
         try:
             fields = {"owner": owner, "token": token}

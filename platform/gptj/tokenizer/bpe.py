@@ -40,7 +40,7 @@ def add_tokens(tokenizer: Tokenizer, tokens: Mapping[str, int], *, special: bool
 
 
 def check_byte_level(tokenizer: Tokenizer) -> None:
-    """ValueError for an entry, other than an added token, with a character that is no byte's."""
+    """ValueError if an entry that is no added token has a character that stands for no byte."""
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for token, number in tokenizer.get_vocab(with_added_tokens=False).items():
         if not BYTE_OF_CHARACTER.keys() >= set(token) and token not in added:

@@ -182,7 +182,7 @@ def _recover(folder: Path) -> bool:
         _delete_all(folder, but={LOCK})
         return False
     (folder / ABANDONED).rename(folder / FINGERPRINTS)
-    logger.info("going on with this node's examples, which are complete")
+    logger.info("reusing this node's examples, which are complete and unaltered")
     return True
 
 
