@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -180,6 +179,7 @@ class Cluster:
         self._sessions = Path()
         self._starts = 0
         self._waited: set[str] = set()
+        self._head: Pod | None = None
         self._head_ports = Ports.free()
         head = self.object["spec"]["headGroupSpec"]
         head["rayStartParams"] |= here.head_parameters(self._head_ports)
@@ -203,13 +203,14 @@ class Cluster:
         # Ray's socket paths must stay under 107 bytes.
         with tempfile.TemporaryDirectory(prefix="k8s-ray-") as sessions, self._pods:
             self._sessions = Path(sessions)
-            head = self.start_head()
+            self.start_head()
             (group,) = self.object["spec"]["workerGroupSpecs"]
             workers = []
             # One after the other, since starting takes a raylet a core for some seconds.
             for number in range(group["replicas"]):
                 workers.append(self._joined_worker(group, number, 2 + number))
-            yield head, workers
+            assert self._head is not None
+            yield self._head, workers
 
     def start_head(self) -> Pod:
         """Also after its end: on the same address, as its service keeps it.
@@ -226,6 +227,7 @@ class Cluster:
             deadline = time.monotonic() + UP_SECONDS
             while head.process.poll() is None and time.monotonic() < deadline:
                 if STARTED in log.read_bytes()[before:] and self._answers("/api/jobs/"):
+                    self._head = head
                     return head
                 time.sleep(0.2)
             head.kill()
@@ -237,10 +239,18 @@ class Cluster:
             worker = self._start_worker(group, number)
             deadline = time.monotonic() + UP_SECONDS
             while worker.process.poll() is None and time.monotonic() < deadline:
+                self._restart_ended_head()
                 if self.nodes_alive() == nodes:
                     return worker
                 time.sleep(0.2)
-        raise RuntimeError(f"{worker.name} of {self.name} does not join:\n{tail(worker.log)}")
+            worker.kill()
+        raise RuntimeError(f"{worker.name} of {self.name} does not join:\n{self._logs()}")
+
+    def _restart_ended_head(self) -> None:
+        """KubeRay makes a new pod of one that ended: a head's raylet, too, has 30 s to start."""
+        if self._head is not None and self._head.process.poll() is not None:
+            self._head.kill()  # what it left
+            self.start_head()
 
     def _start_worker(self, group: Object, number: int) -> Pod:
         group, ip, ports = deepcopy(group), f"127.0.0.{number + 3}", Ports.free()
@@ -272,10 +282,13 @@ class Cluster:
         deadline = time.monotonic() + UP_SECONDS
         while (alive := self.nodes_alive()) != count:
             if time.monotonic() > deadline:
-                logs = sorted(self._here.folder.glob(f"{self.name}-*.log"))
-                ends = "\n".join(f"{log}:\n{tail(log)}" for log in logs)
-                raise TimeoutError(f"{self.name} has {alive} nodes, not {count}; {ends}")
+                raise TimeoutError(f"{self.name} has {alive} nodes, not {count}:\n{self._logs()}")
             time.sleep(0.2)
+
+    def _logs(self) -> str:
+        """The ends of its pods' logs."""
+        logs = sorted(self._here.folder.glob(f"{self.name}-*.log"))
+        return "\n".join(f"{log}:\n{tail(log)}" for log in logs)
 
     def _answers(self, path: str) -> bool:
         try:
@@ -298,15 +311,16 @@ class Cluster:
             if container["name"] not in (*NOT_HERE, *self._waited):
                 environment = self._environment(container, metadata)
                 command = self._command(container, environment)
-                with log.open("ab") as output:
-                    subprocess.run(
-                        command,
-                        env=environment,
-                        stdout=output,
-                        stderr=output,
-                        check=True,
-                        timeout=INIT_SECONDS,
-                    )
+                with running(command, environment=environment, log=log, grace_seconds=0) as it:
+                    deadline = time.monotonic() + INIT_SECONDS
+                    while it.poll() is None and time.monotonic() < deadline:
+                        self._restart_ended_head()
+                        time.sleep(0.2)
+                    status = it.poll()
+                if status != 0:
+                    what = f"ended with status {status}" if status else "does not end"
+                    message = f"{container['name']} of {name} of {self.name} {what}"
+                    raise RuntimeError(f"{message}:\n{self._logs()}")
                 self._waited.add(container["name"])
         ray, *others = spec["containers"]
         assert all(each["name"] in NOT_HERE for each in others)
