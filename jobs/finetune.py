@@ -101,7 +101,7 @@ def main() -> None:
             return
         check_address()
         ray.init(logging_level=logging.WARNING)
-        bell = hold(settings.run, settings.folder)
+        stop_signal = hold(settings.run, settings.folder)
         on_gpu = check_workers(settings)
     except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
@@ -117,7 +117,7 @@ def main() -> None:
         )
     submission = uuid.uuid4().hex
     with lease, shared_scratch_folder(f"data-{submission}") as shared:
-        fine_tune(settings, on_gpu, lease.claim, submission, shared, bell)
+        fine_tune(settings, on_gpu, lease.claim, submission, shared, stop_signal)
     print(f"The model is complete: {settings.model_folder}", flush=True)
 
 
@@ -127,7 +127,7 @@ def fine_tune(
     claim: Claim,
     submission: str,
     shared: Path,
-    bell: ActorHandle[Any],
+    stop_signal: ActorHandle[Any],
 ) -> None:
     """Check the inputs and train. SystemExit with an error message.
 
@@ -135,7 +135,7 @@ def fine_tune(
         claim: to the run's folder, so that no other job trains it.
         submission: names `shared`, the folder with the tokenized data, which workers on this node
             also read.
-        bell: rung if the job is told to stop.
+        stop_signal: sent if the job is told to stop.
     """
     try:
         claim.check()
@@ -146,8 +146,8 @@ def fine_tune(
     except (ValueError, OSError, UnrecoverableError, LeaseLostError) as error:
         sys.exit(f"error: {error}")
     try:
-        with OnSigterm(bell):
-            build_trainer(settings, on_gpu, claim, submission, inputs, shared, bell).fit()
+        with OnSigterm(stop_signal):
+            build_trainer(settings, on_gpu, claim, submission, inputs, shared, stop_signal).fit()
     except TrainingFailedError as error:
         if isinstance(_last_cause(error), StoppedError):
             print(_last_cause(error), flush=True)
@@ -331,7 +331,7 @@ def build_trainer(
     submission: str,
     inputs: Inputs,
     shared: Path,
-    bell: ActorHandle[Any],
+    stop_signal: ActorHandle[Any],
 ) -> TorchTrainer:
     """Ray Train starts and restarts the workers; it never sees our checkpoints.
 
@@ -344,7 +344,7 @@ def build_trainer(
             "settings": settings.model_dump(exclude_unset=True),
             "claim": asdict(claim),
             "submission": submission,
-            "bell": bell,
+            "stop_signal": stop_signal,
             "prepared": inputs.prepared,
             "commit": inputs.commit,
         },
@@ -374,7 +374,7 @@ def work(config: dict[str, Any]) -> None:
         address = storage.join(settings.folder, name)
         upload_state(folder, address, worker.rank, worker.world_size, fence)
 
-    notices = Notices(config["bell"])
+    notices = Notices(config["stop_signal"])
     metrics = TrainingMetrics(settings.run)
     claim = Claim(**config["claim"])
     worker = Worker(

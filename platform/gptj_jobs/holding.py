@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors
 
 from gptj.training.settings import SettingsError
-from gptj_jobs.bell import Bell
+from gptj_jobs.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +31,20 @@ SUBMISSION = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in a submitted job's dr
 
 
 def hold(run: str, folder: str) -> ActorHandle[Any]:
-    """The run's bell: an actor that ends with this driver, or once no handle to it is left.
+    """The run's stop signal: an actor that ends with this driver, or once no handle to it is left.
 
     SettingsError, naming the holder, if another driver on the cluster holds the run.
     """
     # On the driver's node: on another it would end with that node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    named = Bell.options(  # type: ignore[attr-defined]
+    named = StopSignal.options(  # type: ignore[attr-defined]
         name=folder, namespace=NAMESPACE, scheduling_strategy=here
     )
     deadline = time.monotonic() + DEAD_SECONDS
     while True:
         try:
-            bell: ActorHandle[Any] = named.remote(_this_process())
-            return bell
+            stop_signal: ActorHandle[Any] = named.remote(_this_process())
+            return stop_signal
         except ActorAlreadyExistsError:
             owner = _owner(folder)
         if owner is not None or time.monotonic() > deadline:

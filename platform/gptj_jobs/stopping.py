@@ -30,8 +30,8 @@ class OnSigterm:
     handler ends the driver.
     """
 
-    def __init__(self, bell: ActorHandle[Any]) -> None:
-        self.bell = bell
+    def __init__(self, stop_signal: ActorHandle[Any]) -> None:
+        self.stop_signal = stop_signal
         self._asked = False
 
     def __enter__(self) -> OnSigterm:
@@ -51,17 +51,17 @@ class OnSigterm:
             sys.exit(STOPPED)
         self._asked = True
         print("SIGTERM: the training ends after this step, with a checkpoint", flush=True)
-        self.bell.ring.remote("the job was told to stop (SIGTERM)")
+        self.stop_signal.send.remote("the job was told to stop (SIGTERM)")
 
 
 class Notices:
     """In a worker: the reason to stop, if any."""
 
-    def __init__(self, bell: ActorHandle[Any]) -> None:
+    def __init__(self, stop_signal: ActorHandle[Any]) -> None:
         self._context = get_train_context()
         self._asked: str | None = None
-        self._bell = bell
-        threading.Thread(target=self._listen, name="stop-bell", daemon=True).start()
+        self._stop_signal = stop_signal
+        threading.Thread(target=self._listen, name="stop-signal", daemon=True).start()
 
     def reason(self) -> str | None:
         """The driver's reason; else PREEMPTED, if Ray has announced a node's preemption."""
@@ -71,6 +71,6 @@ class Notices:
 
     def _listen(self) -> None:
         try:
-            self._asked = str(ray.get(self._bell.wait.remote()))
+            self._asked = str(ray.get(self._stop_signal.wait.remote()))
         except RayError as error:  # the driver has ended, or is about to
             logger.debug("no stop request can arrive any more: %s", error)

@@ -96,7 +96,7 @@ class Exported:
         self.seen: dict[str, set[str]] = {}
         self._url = f"http://{HOST}:{node.metrics_port}/metrics"
 
-    def look(self) -> dict[str, set[str]]:
+    def scrape(self) -> dict[str, set[str]]:
         with contextlib.suppress(httpx.TransportError):  # Ray's reporter comes up last
             text = httpx.get(self._url, timeout=60).text
             for name, labels in k8s_metrics.exported(text).items():
@@ -132,12 +132,12 @@ def undisturbed(
     command = [RAY, "job", "submit", "--", str(ROOT / "jobs" / "finetune.py"), "run=undisturbed"]
     command += [*MAIN, "evaluate_every=20"]
     deadline = time.monotonic() + 300
-    while not exported.look():  # jobs are taken by the same process
+    while not exported.scrape():  # jobs are taken by the same process
         assert time.monotonic() < deadline, "Ray's agent did not come up"
         time.sleep(0.2)
     with running(command, environment=environment, log=log) as process:
         while process.poll() is None:
-            exported.look()
+            exported.scrape()
             time.sleep(1)
     assert process.returncode == 0, tail(log, 4000)
     return log.read_text()
@@ -359,7 +359,7 @@ def test_prometheus_reads_training_metrics(
     ]
     assert len(named) > 8
     deadline = time.monotonic() + 60
-    while faults := k8s_metrics.missing(exported.look(), named):
+    while faults := k8s_metrics.missing(exported.scrape(), named):
         assert time.monotonic() < deadline, faults
         time.sleep(0.5)
 

@@ -249,7 +249,7 @@ def test_a_controller_that_was_killed_is_said_to_be(
     counted: list[str] = []
     monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (None, 9, None))
     monkeypatch.setattr(finetune, "_has_fitted", lambda settings: True)
-    monkeypatch.setattr(finetune, "OnSigterm", lambda bell: nullcontext())
+    monkeypatch.setattr(finetune, "OnSigterm", lambda stop_signal: nullcontext())
     monkeypatch.setattr(finetune, "build_trainer", lambda *_: SimpleNamespace(fit=fit))
     monkeypatch.setattr(finetune, "count_failure", counted.append)
     with pytest.raises(SystemExit, match=r"controller has ended: .* the same command resumes"):
@@ -314,13 +314,21 @@ def test_a_worker_without_a_notice_stops_like_the_others(
     context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
     monkeypatch.setattr(finetune, "_log_to_stdout", lambda: None)
     monkeypatch.setattr(finetune, "train", stopped)
-    monkeypatch.setattr(finetune, "Notices", lambda bell: SimpleNamespace(reason=lambda: None))
+    monkeypatch.setattr(
+        finetune, "Notices", lambda stop_signal: SimpleNamespace(reason=lambda: None)
+    )
     monkeypatch.setattr(finetune, "TrainingMetrics", _NoMetrics)
     monkeypatch.setattr("ray.train.get_context", lambda: context)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     monkeypatch.setenv("GPTJ_ATTEMPT", "1")
     claim = {"folder": "", "generation": 1, "owner": ""}
-    config = {"settings": {}, "claim": claim, "bell": None, "submission": "s", "prepared": {}}
+    config = {
+        "settings": {},
+        "claim": claim,
+        "stop_signal": None,
+        "submission": "s",
+        "prepared": {},
+    }
     config["commit"] = None
     with pytest.raises((RayActorError, StoppedError)) as ended:
         finetune.work(config)

@@ -280,7 +280,7 @@ def test_a_run_that_has_fitted_before_resumes(
     cluster(monkeypatch, 4, get=lambda asked, timeout: Gpu(GB, bf16=True))
     monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (SIX, 1024, None))
     monkeypatch.setattr(finetune, "_has_fitted", lambda settings: fitted)
-    monkeypatch.setattr(finetune, "OnSigterm", lambda bell: nullcontext())
+    monkeypatch.setattr(finetune, "OnSigterm", lambda stop_signal: nullcontext())
     trainer = SimpleNamespace(fit=lambda: trained.append(True))
     monkeypatch.setattr(finetune, "build_trainer", lambda *_: trainer)
     settings = run_of(4, storage=str(tmp_path))

@@ -1029,7 +1029,8 @@ def test_a_delayed_attempt_does_not_take_the_run_from_a_later_one(
     )
     live, _ = loop._begin_attempt(settings, live)
     with pytest.raises(
-        LeaseLostError, match=r"started later has already taken over.*if no such process is running, delete"
+        LeaseLostError,
+        match=r"started later has already taken over.*if no such process is running, delete",
     ):
         loop._begin_attempt(settings, delayed)
     live.fence()

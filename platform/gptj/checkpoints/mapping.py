@@ -13,7 +13,7 @@ import weakref
 from typing import Any
 
 
-def map_stretch(descriptor: int, start: int, size: int) -> Any:
+def map_range(descriptor: int, start: int, size: int) -> Any:
     """`size` bytes of an open file, starting at byte `start`, as a writable buffer.
 
     Writes are private and never reach the file. OSError if it cannot be mapped.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gptj import storage
 from gptj.checkpoints.manifest import FolderWriter, HashingFile, Manifest, read_verified
-from gptj.checkpoints.mapping import map_stretch
+from gptj.checkpoints.mapping import map_range
 from gptj.checkpoints.streaming import Part, merged, stream
 from gptj.checkpoints.tensor_file import DTYPES, Header, StoredTensor, read_header
 from gptj.errors import CheckpointError
@@ -217,7 +217,7 @@ def _read_mapped(address: str) -> Iterator[tuple[str, Tensor]]:
     tensors = read_header(address).tensors
     with open(address, "rb") as file:
         for tensor in tensors:
-            yield tensor.name, tensor.view(map_stretch(file.fileno(), tensor.start, tensor.size))
+            yield tensor.name, tensor.view(map_range(file.fileno(), tensor.start, tensor.size))
 
 
 def _read_remote(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptj.checkpoints.manifest import FileRecord, HashingFile
-from gptj.checkpoints.mapping import map_stretch
+from gptj.checkpoints.mapping import map_range
 from gptj.checkpoints.tensor_file import StoredTensor, read_header
 from gptj.checkpoints.weights import TensorSpec, write_tensors
 from gptj.environment.extras import Extra
@@ -169,7 +169,7 @@ class Restoration:
             for stored, kind, begin, fragment in self._overlaps(
                 read_header(str(path)).tensors, str(path)
             ):
-                source = stored.view(map_stretch(file.fileno(), stored.start, stored.size))
+                source = stored.view(map_range(file.fileno(), stored.start, stored.size))
                 first = max(begin, fragment.start)
                 end = min(begin + len(source), fragment.start + fragment.length)
                 target = fragment.of(self._target(fragment.flat, kind))

@@ -8,8 +8,8 @@ import ray
 
 
 @ray.remote(num_cpus=0)
-class Bell:
-    """Rung once; waiters get the reason.
+class StopSignal:
+    """Sent once; waiters get the reason.
 
     Args:
         owner: the process that trains, in words.
@@ -17,16 +17,16 @@ class Bell:
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self._rung = asyncio.Event()
+        self._sent = asyncio.Event()
         self._reason = ""
 
     async def owner(self) -> str:
         return self._owner
 
-    async def ring(self, reason: str) -> None:
+    async def send(self, reason: str) -> None:
         self._reason = reason
-        self._rung.set()
+        self._sent.set()
 
     async def wait(self) -> str:
-        await self._rung.wait()
+        await self._sent.wait()
         return self._reason
