@@ -86,6 +86,10 @@ class Arguments(LoadingArguments):
     # to 256, and four tokens for each, at least 256 (gptj.engine.limits).
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
+    # The time between tokens of running streams that prompts beside them should not exceed: fewer
+    # of their tokens are then computed in a step, and their first token comes later. Default: only
+    # max_num_batched_tokens limits them, which is best for tokens/s.
+    itl_target_seconds: Annotated[float, Field(gt=0)] | None = None
     prefix_caching: bool = True  # compute shared prefixes once
     # {method: ngram, num_speculative_tokens: 8, prompt_lookup_min: 2, prompt_lookup_max: 4}:
     # verify several tokens per step if an output repeats its prompt or itself. {} means these
@@ -246,6 +250,7 @@ def start_services(
         max_queued=arguments.max_queued,
         max_queue_seconds=arguments.max_queue_seconds,
         max_num_batched_tokens=limits.max_num_batched_tokens,
+        itl_target_seconds=arguments.itl_target_seconds,
         prefix_caching=arguments.prefix_caching,
         speculation=arguments.speculation,
         adapters=slots,

@@ -56,7 +56,7 @@ def ours(model: str, arguments: dict[str, Any], folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def vllm(model: str, python: Path, folder: Path) -> Iterator[str]:
+def vllm(model: str, python: Path, folder: Path, *, max_model_len: int = 1024) -> Iterator[str]:
     """Run vLLM's OpenAI server on the CPU, two threads; yields its URL."""
     (port,) = free_ports(1)
     log = folder / "vllm.log"
@@ -70,7 +70,7 @@ def vllm(model: str, python: Path, folder: Path) -> Iterator[str]:
     }
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--port", str(port), "--host", HOST, "--dtype", "bfloat16"]
-    command += ["--max-model-len", "1024", "--served-model-name", MODEL_NAME]
+    command += ["--max-model-len", str(max_model_len), "--served-model-name", MODEL_NAME]
     with running(command, environment=environment, log=log) as process:
         address = f"http://{HOST}:{port}"
         wait_until_healthy(address, process, log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -59,6 +60,7 @@ class EngineCore:
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=runner.device)
         self._events: list[RequestEvent] = []  # of the current step
         self._launched: _Launched | None = None  # ahead, for the next call
+        self._ended = 0.0  # the last step, by time.perf_counter
 
     @torch.inference_mode()
     def step(self) -> list[RequestEvent]:
@@ -68,11 +70,14 @@ class EngineCore:
         prepared before this one's tokens are known; the next call samples from its logits.
         """
         launched, self._launched = self._launched, None
+        # The device begins with a step launched ahead when the one before ends.
+        began = time.perf_counter() if launched is None else self._ended
         if launched is None and (scheduled := self._scheduler.schedule()) is not None:
             launched = self._launch(scheduled)
         if launched is None:
             return self._take_events()
-        drafts, pending = launched.scheduled.drafts, self._sample(launched)
+        scheduled, pending = launched.scheduled, self._sample(launched)
+        drafts = scheduled.drafts
         del launched  # its logits' memory is free for the next step
         if pending is not None:
             try:
@@ -80,6 +85,8 @@ class EngineCore:
                     self._launch_ahead(pending)
             finally:  # should that fail, this step's tokens are reported first
                 self._collect(pending, drafts)
+        self._ended = time.perf_counter()
+        self._scheduler.note_duration(scheduled, self._ended - began)
         return self._take_events()
 
     def cancel(self, request: Request) -> list[RequestEvent]:

@@ -24,6 +24,7 @@ from gptj.engine.adapter_slots import Adapter, AdapterSlots
 from gptj.engine.core import EngineCore, RequestEvent
 from gptj.engine.events import Event, Failed, Finished
 from gptj.engine.limits import Limits
+from gptj.engine.pacing import PrefillPacer
 from gptj.engine.page_pool import PagePool
 from gptj.engine.request import BeamParams, OnEvents, Request, Ticket, check_ids
 from gptj.engine.runners.base import Runner
@@ -53,6 +54,9 @@ class Engine:
             no limit.
         max_num_batched_tokens: most new tokens in a step, at least max_num_seqs. Longer prompts are
             prefilled in several steps.
+        itl_target_seconds: the time between tokens of running streams (inter-token latency) that
+            prompts beside them should not exceed; fewer of their tokens are then prefilled in a
+            step, which delays their first token. None: max_num_batched_tokens alone limits them.
         prefix_caching: whether to keep unused pages for prompts with the same prefix.
         speculation: propose tokens and verify several per step; None: off. Does not change outputs;
             not used by beam search.
@@ -69,6 +73,7 @@ class Engine:
         max_queued: int = 1024,
         max_queue_seconds: float | None = None,
         max_num_batched_tokens: int | None = None,
+        itl_target_seconds: float | None = None,
         prefix_caching: bool = True,
         speculation: Speculation | None = None,
         adapters: AdapterSlots | None = None,
@@ -107,6 +112,9 @@ class Engine:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             speculator=self._speculator,
+            pacer=None
+            if itl_target_seconds is None
+            else PrefillPacer(itl_target_seconds, limits.max_num_batched_tokens),
         )
         self._core = EngineCore(runner, self._scheduler, sampler, banned_ids)
         self._numbers = itertools.count()

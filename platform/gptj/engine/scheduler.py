@@ -15,6 +15,7 @@ import numpy as np
 
 from gptj.engine.beam_search import BeamSearch, pages_needed
 from gptj.engine.decode_batch import DecodeBatch, Sequence
+from gptj.engine.pacing import PrefillPacer
 from gptj.engine.page_pool import PagePool, extend_digests
 from gptj.engine.request import Request
 from gptj.engine.runners.base import Ints, PageCopy, StepBatch
@@ -58,6 +59,7 @@ class Scheduler:
         max_num_seqs: most running sequences.
         max_num_batched_tokens: most new tokens in a step.
         speculator: proposes drafts; None: each decoding sequence computes one token per step.
+        pacer: limits prompts' tokens in steps that also decode; None: all of the budget.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         speculator: Speculator | None = None,
+        pacer: PrefillPacer | None = None,
     ) -> None:
         # Every running sequence must be able to decode in every step.
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
@@ -88,6 +91,7 @@ class Scheduler:
         self._queue = queue
         self._left = left
         self._speculator = speculator
+        self._pacer = pacer
         self._page_size = page_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self._counting = np.arange(max_num_batched_tokens + 1, dtype=np.int32)
@@ -150,6 +154,11 @@ class Scheduler:
             self._speculator.note(batch, drafts, [count - 1 for count in counts])
             for row in drafts:
                 self._settle(batch.sequences[row])
+
+    def note_duration(self, step: ScheduledStep, seconds: float) -> None:
+        """Learn from the time between the tokens before a step and its own."""
+        if self._pacer is not None and step.chunks and (step.decoding or step.searches):
+            self._pacer.note(sum(chunk.end - chunk.start for chunk in step.chunks), seconds)
 
     def note_computed(self, chunk: Chunk) -> None:
         chunk.sequence.computed = chunk.end
@@ -325,6 +334,8 @@ class Scheduler:
         Args:
             ending: see `_admit`.
         """
+        if self._pacer is not None and logits:
+            budget = min(budget, self._pacer.limit)
         chunks: list[Chunk] = []
         waiting = iter(list(self._prefilling))
         while budget > 0 and (sequence := next(waiting, None) or self._admit(ending)):
