@@ -19,6 +19,8 @@ from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import parse_dtype
 from gptj.engine.backends import IntQuantization
+from gptj.engine.cache_size import free_bytes
+from gptj.engine.memory import weight_bytes
 from gptj.environment.devices import cpu_computes_bf16
 from gptj.layers.int4 import CONFIG_FIELD, check_config_fields, is_quantized
 from gptj.pretrained import GPTJPreTrainedModel
@@ -153,18 +155,27 @@ def load(
 ) -> tuple[Model, GPTJTokenizer]:
     """The model, ready to compute, and its tokenizer.
 
-    Raises what `check` and `Arguments.check_device` do.
+    Raises what `check` and `Arguments.check_device` do, and ValueError if the weights are larger
+    than the device's free memory.
 
     Args:
         device: None: a GPU, if this process sees one.
     """
-    arguments.check_device(*_device_and_dtype(arguments, device))  # before any download
-    with open_checkpoint(arguments) as folder:
+    with open_checkpoint(arguments, cls, device) as folder:
         return load_from(folder, cls, arguments, device)
 
 
-def open_checkpoint(arguments: Arguments) -> ModelFolder:
-    """Open the checkpoint's folder for loading."""
+def open_checkpoint(
+    arguments: Arguments, cls: type[GPTJPreTrainedModel], device: torch.device | None = None
+) -> ModelFolder:
+    """Open the checkpoint's folder for loading, unless the device cannot take it.
+
+    Raises what `load` does.
+    """
+    device, dtype = _device_and_dtype(arguments, device)
+    # Both before any download.
+    arguments.check_device(device, dtype)
+    _check_room(cls, arguments, device, dtype)
     return ModelFolder.open(
         arguments.checkpoint, revision=arguments.revision, weights=True, verify=arguments.verify
     )
@@ -176,12 +187,33 @@ def load_from(
     arguments: Arguments,
     device: torch.device | None = None,
 ) -> tuple[Model, GPTJTokenizer]:
-    """As `load`, from a checkpoint that is already open, and without `check_device`."""
+    """As `load`, from a checkpoint that `open_checkpoint` has opened."""
     config, tokenizer = _config_and_tokenizer(cls, folder, arguments)
     device, dtype = _device_and_dtype(arguments, device)
     model = cls.from_folder(folder, config=config, dtype=dtype, device=device)
     merge_lora(model)  # the adapter's, if the address is one
     return model, tokenizer
+
+
+def _check_room(
+    cls: type[GPTJPreTrainedModel], arguments: Arguments, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Otherwise the system would kill the process, or another one, after minutes of loading."""
+    with ModelFolder.open(arguments.checkpoint, revision=arguments.revision) as folder:
+        config = GPTJConfig.from_folder(folder)
+    needed, free = weight_bytes(cls, config, dtype), free_bytes(device)
+    if needed <= free:
+        return
+    name = str(dtype).removeprefix("torch.")
+    where = "the GPU" if device.type == "cuda" else "this machine, or its container,"
+    remedies = ["a device with more memory", "a smaller model"]
+    if dtype == torch.float32:
+        remedies.insert(0, "dtype: bfloat16")
+    raise ValueError(
+        f"{arguments.checkpoint} does not fit: its weights take {needed / 1e9:.1f} GB in {name}, "
+        f"and {where} has {free / 1e9:.1f} GB free (replicas of the version that it replaces run "
+        f"until it is ready); remedy: {', or '.join(remedies)}"
+    )
 
 
 def _device_and_dtype(

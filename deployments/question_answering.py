@@ -47,7 +47,7 @@ class QuestionAnswering(BatchedReplica[QuestionAnsweringService, Arguments]):
 def load_service(
     arguments: Arguments, device: torch.device | None, recorder: Recorder | None = None
 ) -> QuestionAnsweringService:
-    with open_checkpoint(arguments) as folder:
+    with open_checkpoint(arguments, GPTJForQuestionAnswering, device) as folder:
         model, tokenizer = load_from(folder, GPTJForQuestionAnswering, arguments, device)
         trained = folder.read_training_data()
     stride = arguments.stride

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 
 from gptj.config import GPTJConfig
 from gptj.environment.devices import cpu_computes_bf16
+from gptj.environment.host_memory import total_bytes
 from gptj.training.memory import (
     as_long_as,
     certain_bytes,
@@ -46,7 +46,7 @@ def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool, longest: 
             host = None if settings.workers.autoscaling else roomiest_host()
             check_gpu_memory(settings, config, gpu, host)
     elif not settings.workers.autoscaling and sum(node["Alive"] for node in ray.nodes()) == 1:
-        check_machine_memory(settings, config, machine_memory())
+        check_machine_memory(settings, config, total_bytes())
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,3 @@ def find_gpu(autoscaling: bool) -> Gpu | None:
 def _gpu() -> Gpu:
     memory = torch.cuda.get_device_properties(0).total_memory
     return Gpu(int(memory), torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def machine_memory() -> int:
-    """Bytes of this machine's physical memory, or of its container's limit if lower."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            return min(physical, int(file.read()))
-    except (OSError, ValueError):  # no limit: "max", or no such file
-        return physical

@@ -24,6 +24,7 @@ import httpx
 import pytest
 import torch
 import yaml
+from large_models import enlarge
 
 from gptj import (
     GPTJConfig,
@@ -60,15 +61,25 @@ class Rollout:
     def url(self) -> str:
         return f"http://{HOST}:{self.port}/classification"
 
-    def deploy(self, model: str, *, port: int | None = None, by_command: bool = False) -> None:
+    def deploy(
+        self,
+        model: str,
+        *,
+        port: int | None = None,
+        by_command: bool = False,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         """The application of serve.yaml with another checkpoint.
 
         Args:
+            environment: further variables of the application.
             by_command: as people do it; else what the command sends, without its start.
         """
         config = yaml.safe_load(SERVE_CONFIG.read_text())
         (application,) = (a for a in config["applications"] if a["name"] == "classification")
         application["args"] |= {"checkpoint": f"{self.models}/{model}", "dtype": "float32"}
+        if environment is not None:
+            application["runtime_env"] = {"env_vars": environment}
         # The nodes share one address, so their proxies would share one port: one that has just
         # started, or is about to end, answers as no pod does that a Kubernetes service asks.
         config |= {"applications": [application], "proxy_location": "HeadOnly"}
@@ -148,6 +159,8 @@ def rollout(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Ite
         weights = storage.read_bytes(f"{models}/second/model.safetensors")
         altered = weights[:-1] + bytes([weights[-1] ^ 1])
         storage.write_bytes(f"{models}/altered/model.safetensors", altered)
+        save(f"{models}/too-large", "")
+        enlarge(f"{models}/too-large")
     environment = {
         **os.environ,
         "TMPDIR": str(folder),  # where replicas wait for their turn to load
@@ -234,23 +247,46 @@ def test_a_bad_checkpoint_is_refused_before_any_replica_starts(rollout: Rollout)
     assert "Traceback" not in message
 
 
+def test_a_deploy_while_s3_is_away_is_refused(rollout: Rollout) -> None:
+    """With the reason; nothing has been asked to stop."""
+    label = rollout.label()
+    (closed,) = free_ports(1)
+    with Client(rollout) as client:
+        away = {"AWS_ENDPOINT_URL": f"http://{HOST}:{closed}"}
+        rollout.deploy("second", environment=away)
+        rollout.wait_until(lambda: rollout.application()["status"] == "DEPLOY_FAILED")
+        answered = len(client.labels)
+        rollout.wait_until(lambda: len(client.labels) > answered + 10)
+    assert set(client.labels) == {label}
+    message = rollout.application()["message"]
+    assert re.search(rf"the checkpoint cannot be deployed: .*{HOST}:{closed}", message), message
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("altered", "was altered after it was written"),
+        ("too-large", r"too-large does not fit: its weights take [\d.]+ GB in float32"),
+    ],
+)
 def test_the_old_model_stays_if_loading_the_new_one_fails(
-    rollout: Rollout,
+    rollout: Rollout, model: str, reason: str
 ) -> None:
     """And after the failed deploy a good one takes over."""
     label = rollout.label()
+    (good,) = {"first", "second"} - {label}
     with Client(rollout) as client:
-        rollout.deploy("altered")
+        rollout.deploy(model)
         rollout.wait_until(lambda: rollout.application()["status"] == "DEPLOY_FAILED")
         answered = len(client.labels)
         rollout.wait_until(lambda: len(client.labels) > answered + 10)
         assert set(client.labels) == {label}
         message = rollout.application()["deployments"]["classification"]["message"]
-        assert "was altered after it was written" in message
-        rollout.deploy("first")
-        rollout.wait_until(lambda: client.labels[-1] == "first")
+        assert re.search(reason, message), message
+        rollout.deploy(good)
+        rollout.wait_until(lambda: client.labels[-1] == good)
         rollout.wait_until(lambda: rollout.application()["status"] == "RUNNING")
-    assert set(client.labels) == {label, "first"}
+    assert set(client.labels) == {label, good}
 
 
 @dataclass(frozen=True)

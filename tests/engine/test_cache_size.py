@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptj import GPTJConfig
-from gptj.engine import cache_size
 from gptj.engine.backends import best_runner
 from gptj.engine.cache_size import CacheShare, fit_cache, free_bytes, page_bytes, tokens_within
 from gptj.engine.limits import Limits
@@ -120,17 +118,6 @@ def test_the_cache_takes_only_what_the_largest_steps_leave_free(
         rehearse(runner, limits)
         assert 0.9 * card.size < card.reserved < card.size
     runner.close()
-
-
-def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cache_size, "CGROUP", tmp_path)
-    unlimited = free_bytes(CPU)
-    assert unlimited > 2**20
-    (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.max").write_text("5000\n")
-    assert free_bytes(CPU) == 4000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(CPU) > 2**20
 
 
 def test_free_memory_is_known_on_every_device(device: torch.device) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import ray
 import torch
+from large_models import enlarge, parameters
 from pydantic import ValidationError
 from serving_models import Models
 
+from deployments import loading
 from deployments.embeddings import Arguments as EmbeddingsArguments
 from deployments.embeddings import load_service as load_embeddings
 from deployments.generation import Arguments as GenerationArguments
@@ -22,6 +24,7 @@ from gptj import GPTJForCausalLM, GPTJModel
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters, add_lora
+from gptj.checkpoints.folder import ModelFolder
 from gptj.checkpoints.manifest import CheckpointError
 from gptj.engine.constraints.compiler import GrammarCompiler
 
@@ -51,6 +54,45 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
         load(GPTJForCausalLM, Arguments(checkpoint=address))
     with pytest.raises(ValidationError, match="max_batches"):
         Arguments.model_validate({"checkpoint": address, "max_batches": 3})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_larger_than_the_free_memory_is_refused_before_its_weights_are_fetched(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Rather than have the system kill the replica, or the one that it replaces."""
+    address = str(tmp_path / "model")
+    models.generation.save_pretrained(address, tokenizer=models.tokenizer)
+    enlarge(address)
+    opened: list[bool] = []
+    whole = ModelFolder.open
+    monkeypatch.setattr(
+        ModelFolder,
+        "open",
+        lambda *args, **given: opened.append(given.get("weights", False)) or whole(*args, **given),
+    )
+    arguments = GenerationArguments(checkpoint=address, dtype=dtype)
+    with pytest.raises(ValueError, match="does not fit: its weights take") as error:
+        InProcessService.load("generation", arguments, torch.device("cpu"))
+    size = parameters(models.generation.config.vocab_size) * {"float32": 4, "bfloat16": 2}[dtype]
+    assert f"take {size / 1e9:.1f} GB in {dtype}" in str(error.value)
+    assert ("remedy: dtype: bfloat16" in str(error.value)) == (dtype == "float32")
+    assert opened and not any(opened)
+
+
+@pytest.mark.parametrize("share", [0.999, 1.0])
+def test_a_model_that_just_fits_is_loaded(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    models.generation.save_pretrained(tmp_path / "model", tokenizer=models.tokenizer)
+    size = sum(tensor.nbytes for tensor in models.generation.state_dict().values())
+    monkeypatch.setattr(loading, "free_bytes", lambda device: int(size * share))
+    arguments = Arguments(checkpoint=str(tmp_path / "model"), dtype="float32")
+    if share == 1.0:
+        load(GPTJForCausalLM, arguments, torch.device("cpu"))
+        return
+    with pytest.raises(ValueError, match="does not fit"):
+        load(GPTJForCausalLM, arguments, torch.device("cpu"))
 
 
 def test_formats_are_prepared_before_generation_is_ready(

@@ -245,7 +245,7 @@ def test_nothing_is_refused_before_the_cluster_has_its_machines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster(monkeypatch)
-    monkeypatch.setattr(job_memory, "machine_memory", lambda: GB)
+    monkeypatch.setattr(job_memory, "total_bytes", lambda: GB)
     config = GPTJConfig.preset("small")
     for autoscaling in (True, False):
         settings = Settings(

@@ -7,9 +7,7 @@ what weights, graphs, workspaces and steps leave free.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -18,12 +16,12 @@ from gptj.engine.limits import Limits
 from gptj.engine.rehearsal import rehearse
 from gptj.engine.runners.base import PAGE_SIZE, ResizableRunner
 from gptj.engine.runners.cuda.fp8 import FP8
+from gptj.environment.host_memory import available_bytes
 
 logger = logging.getLogger(__name__)
 
 # The rest is for fragmentation on a GPU, and for other programs on a CPU.
 DEFAULT_SHARES = {"cuda": 0.95, "cpu": 0.3}
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -109,23 +107,8 @@ def page_bytes(config: GPTJConfig, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the device; on a CPU, within the process's cgroup limit."""
+    """Free memory of the device; on a CPU, of this machine or its container."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # includes reclaimable memory, such as the page cache
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit = _limit_left(CGROUP)
-    return available if limit is None else min(available, limit)
-
-
-def _limit_left(folder: Path) -> int | None:
-    """Bytes left of a container's memory limit; None without a limit."""
-    limit, usage = folder / "memory.max", folder / "memory.current"
-    if not limit.exists() or not usage.exists():
-        return None
-    text = limit.read_text().strip()
-    return None if text == "max" else max(0, int(text) - int(usage.read_text()))
+    return available_bytes()

@@ -17,6 +17,7 @@ from gptj.config import GPTJConfig
 from gptj.engine.cache_size import page_bytes
 from gptj.engine.limits import GPU_MAX_NUM_SEQS
 from gptj.engine.runners.base import PAGE_SIZE
+from gptj.layers.int4 import is_quantized, quantize_blocks
 from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
 from gptj.pretrained import GPTJPreTrainedModel
 
@@ -56,10 +57,18 @@ class BatchSizes:
     max_batch: int  # rows, each as long as the model's context
 
 
-def weight_bytes(cls: type[GPTJPreTrainedModel], config: GPTJConfig) -> int:
-    """Bytes of a model's 16-bit weights."""
+def weight_bytes(
+    cls: type[GPTJPreTrainedModel], config: GPTJConfig, dtype: torch.dtype = torch.float16
+) -> int:
+    """Bytes of a model's weights in `dtype`, as from_pretrained loads them (int4 stays int4)."""
     with without_weights():
-        return 2 * cls(config).num_parameters()
+        model = cls(config)
+        if is_quantized(config):
+            quantize_blocks(model.base_model.get_submodule("h"))
+    return sum(
+        tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
+        for tensor in model.state_dict(keep_vars=True).values()
+    )
 
 
 def activation_bytes(config: GPTJConfig, rows: int, length: int) -> int:
