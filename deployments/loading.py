@@ -7,6 +7,7 @@ import posixpath
 import tempfile
 import warnings
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -173,11 +174,13 @@ def open_checkpoint(
     Raises what `load` does.
     """
     device, dtype = _device_and_dtype(arguments, device)
-    # Both before any download.
     arguments.check_device(device, dtype)
-    _check_room(cls, arguments, device, dtype)
     return ModelFolder.open(
-        arguments.checkpoint, revision=arguments.revision, weights=True, verify=arguments.verify
+        arguments.checkpoint,
+        revision=arguments.revision,
+        weights=True,
+        verify=arguments.verify,
+        before_weights=partial(_check_room, cls, arguments.checkpoint, device, dtype),
     )
 
 
@@ -196,11 +199,14 @@ def load_from(
 
 
 def _check_room(
-    cls: type[GPTJPreTrainedModel], arguments: Arguments, device: torch.device, dtype: torch.dtype
+    cls: type[GPTJPreTrainedModel],
+    checkpoint: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: ModelFolder,
 ) -> None:
     """Otherwise the system would kill the process, or another one, after minutes of loading."""
-    with ModelFolder.open(arguments.checkpoint, revision=arguments.revision) as folder:
-        config = GPTJConfig.from_folder(folder)
+    config = GPTJConfig.from_folder(folder)
     needed, free = weight_bytes(cls, config, dtype), free_bytes(device)
     if needed <= free:
         return
@@ -210,7 +216,7 @@ def _check_room(
     if dtype == torch.float32:
         remedies.insert(0, "dtype: bfloat16")
     raise ValueError(
-        f"{arguments.checkpoint} does not fit: its weights take {needed / 1e9:.1f} GB in {name}, "
+        f"{checkpoint} does not fit: its weights take {needed / 1e9:.1f} GB in {name}, "
         f"and {where} has {free / 1e9:.1f} GB free (replicas of the version that it replaces run "
         f"until it is ready); remedy: {', or '.join(remedies)}"
     )

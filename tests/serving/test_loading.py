@@ -24,9 +24,10 @@ from gptj import GPTJForCausalLM, GPTJModel
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters, add_lora
-from gptj.checkpoints.folder import ModelFolder
+from gptj.checkpoints.cache import FOLDER_VARIABLE, SIZE_VARIABLE
 from gptj.checkpoints.manifest import CheckpointError
 from gptj.engine.constraints.compiler import GrammarCompiler
+from gptj_local.s3 import LocalS3
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -58,26 +59,22 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_larger_than_the_free_memory_is_refused_before_its_weights_are_fetched(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    models: Models, s3: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """Rather than have the system kill the replica, or the one that it replaces."""
-    address = str(tmp_path / "model")
+    address = f"s3://{s3.bucket}/too-large-{dtype}"
     models.generation.save_pretrained(address, tokenizer=models.tokenizer)
     enlarge(address)
-    opened: list[bool] = []
-    whole = ModelFolder.open
-    monkeypatch.setattr(
-        ModelFolder,
-        "open",
-        lambda *args, **given: opened.append(given.get("weights", False)) or whole(*args, **given),
-    )
+    cache = tmp_path / "cache"
+    monkeypatch.setenv(FOLDER_VARIABLE, str(cache))
+    monkeypatch.setenv(SIZE_VARIABLE, "1")
     arguments = GenerationArguments(checkpoint=address, dtype=dtype)
     with pytest.raises(ValueError, match="does not fit: its weights take") as error:
         InProcessService.load("generation", arguments, torch.device("cpu"))
     size = parameters(models.generation.config.vocab_size) * {"float32": 4, "bfloat16": 2}[dtype]
     assert f"take {size / 1e9:.1f} GB in {dtype}" in str(error.value)
     assert ("remedy: dtype: bfloat16" in str(error.value)) == (dtype == "float32")
-    assert opened and not any(opened)
+    assert not list(cache.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("share", [0.999, 1.0])

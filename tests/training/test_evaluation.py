@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from gptj.data.question_answering import QuestionAnsweringData, best_spans
 from gptj.data.sources import Row, read_rows
 from gptj.data.words import Words
 from gptj.training.evaluation import collect, evaluate, metrics
-from gptj.training.tasks import TASKS, AnyTask, Part
+from gptj.training.tasks import TASKS, AnyTask, Part, question_answering
 from gptj.training.tasks.causal_lm import unigram_perplexity
 from gptj.training.tasks.question_answering import (
     MAX_ANSWER_TOKENS,
@@ -224,6 +225,25 @@ def test_regression_scores_equal_numpy(tokenizer: GPTJTokenizer) -> None:
     assert found["pearson"] == pytest.approx(np.corrcoef(targets, outputs)[0, 1])
     constant = metrics(task_of(data), data, [part([[1.0]] * 4)])
     assert set(constant) == {"loss", "mse"}  # of a constant there is no correlation
+
+
+def test_a_contexts_words_are_found_once_for_all_its_windows(
+    tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A book has hundreds of windows, each of which would go through all of it."""
+    made: list[str] = []
+
+    def counted(text: str) -> Words:
+        made.append(text)
+        return Words(text)
+
+    monkeypatch.setattr(question_answering, "Words", counted)
+    question_answering._words.cache_clear()
+    data = questions(tokenizer)
+    logits = torch.zeros(len(data), 256)
+    output = SimpleNamespace(start_logits=logits, end_logits=logits)
+    TASKS["question-answering"].outputs(data, output, range(len(data)))
+    assert len(data) > len(data.questions) == len(made)
 
 
 def test_an_answer_is_the_best_of_all_windows(tokenizer: GPTJTokenizer) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -705,8 +706,13 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
         "early_stopping": 3,
         "keep_checkpoints": 1,
     }
+    before = {**fields, "export": "last", "early_stopping": None, "steps": 30}
     runs = {
         "best": settings_of(folder, "best", **fields),
+        "impatient": settings_of(folder, "patient", **{**fields, "early_stopping": 1}),
+        "patient": settings_of(folder, "patient", **fields),
+        "last": settings_of(folder, "later", **before),
+        "later": settings_of(folder, "later", **{**before, "export": "best", "steps": 36}),
         "short": settings_of(folder, "longer", steps=4, optimizer={"schedule": "constant"}),
         "longer": settings_of(folder, "longer", steps=6, optimizer={"schedule": "constant"}),
         "at-once": settings_of(folder, "at-once", steps=6, optimizer={"schedule": "constant"}),
@@ -735,6 +741,74 @@ def test_the_best_model_is_exported_and_a_run_without_a_better_one_ends(
     kept = sorted(path.name for path in Path(settings.folder).glob("checkpoint-*"))
     steps = [training["best"]["step"], training["steps"]]
     assert kept == [f"checkpoint-{step:08}" for step in steps]
+
+
+@pytest.mark.slow
+def test_a_run_that_stopped_early_continues_with_more_patience(
+    selected: dict[str, Settings],
+) -> None:
+    best, patient = selected["best"], selected["patient"]
+    assert logged(patient, "evaluation_loss") == pytest.approx(logged(best, "evaluation_loss"))
+    assert is_complete(best)
+    assert is_complete(best.model_copy(update={"early_stopping": 2}))
+    for patience in (4, None):
+        assert not is_complete(best.model_copy(update={"early_stopping": patience}))
+    with pytest.raises(SettingsError, match=r"ended early, after step \d+, since 3 evaluations"):
+        is_complete(best.model_copy(update={"steps": 80}))
+    assert not is_complete(best.model_copy(update={"steps": 80, "early_stopping": 4}))
+
+
+@pytest.mark.slow
+def test_export_best_chooses_among_the_models_since_it_was_set(
+    selected: dict[str, Settings],
+) -> None:
+    """The best of all, long before, was not kept."""
+    later = selected["later"]
+    training = json.loads(Path(later.model_folder, "training.json").read_text())
+    found = dict(zip(range(3, 37, 3), logged(later, "evaluation_loss"), strict=True))
+    assert min(found, key=lambda step: found[step]) < 30
+    best = min((33, 36), key=lambda step: found[step])
+    assert (training["best"]["step"], training["best"]["kept"]) == (best, True)
+    assert training["metrics"]["loss"] == found[best]
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "than", "better"),
+    [
+        ("causal-lm", {"loss": 1.0}, {"loss": 2.0}, True),
+        ("causal-lm", {"loss": 1.0}, {"loss": 1.0}, False),
+        ("classification", {"loss": 1.0, "f1": 0.0}, {"loss": 2.0, "f1": 0.0}, True),
+        ("classification", {"loss": 2.0, "f1": 1.0}, {"loss": 1.0, "f1": 1.0}, False),
+        ("classification", {"loss": 2.0, "f1": 0.5}, {"loss": 1.0, "f1": 0.4}, True),
+        ("classification", {"loss": 1.0, "mse": 0.5}, {"loss": 1.0, "mse": 0.4}, False),
+        ("question-answering", {"loss": 1.0, "f1": 0.5}, {"loss": 2.0, "f1": 0.5}, True),
+        ("causal-lm", {"loss": math.nan}, {"loss": 2.0}, False),
+        ("causal-lm", {"loss": 2.0}, {"loss": math.nan}, True),
+        ("causal-lm", {"loss": 2.0}, {"loss": None}, True),
+        ("classification", {"loss": math.nan, "f1": 0.5}, {"loss": 1.0, "f1": 0.5}, False),
+    ],
+)
+def test_equal_scores_are_ranked_by_their_losses(
+    task: str, metrics: dict[str, float], than: dict[str, Any], better: bool
+) -> None:
+    assert TASKS[task].is_better(metrics, than) == better
+
+
+def test_an_extended_run_says_how_its_learning_rate_jumps(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    optimizer = {"learning_rate": 0.01, "schedule": "linear", "final_share": 0.0}
+    before, now = (
+        Settings.model_validate({"run": "r", "steps": steps, "optimizer": optimizer})
+        for steps in (10, 20)
+    )
+    progress = Progress(step=10, settings=before.model_dump(mode="json"))
+    loop._log_new_schedule(now, progress, 100, 20)
+    assert "20 steps instead of 10: the learning rate is now 0.005, not 0" in caplog.text
+    caplog.clear()
+    loop._log_new_schedule(before, progress, 100, 10)
+    assert not caplog.text
 
 
 @pytest.mark.slow

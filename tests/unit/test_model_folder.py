@@ -66,7 +66,7 @@ def requests(proxy: FaultyS3, action: Callable[[], Any]) -> list[str]:
 
 def deployed(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> None:
     """A replica's reads: for question answering the training's settings too."""
-    with open_checkpoint(arguments) as folder:
+    with open_checkpoint(arguments, cls) as folder:
         load_from(folder, cls, arguments, torch.device("cpu"))
         assert folder.read_training_data() == {"stride": 7}
 

@@ -23,6 +23,7 @@ import logging
 import os
 import shutil
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,14 @@ class CheckpointCache:
             raise ValueError(f"{SIZE_VARIABLE} must be a positive number of GB, got {size!r}")
         return cls(local_path(folder), limit)
 
-    def lease(self, address: str, manifest: Manifest, *, verify: bool = True) -> Lease | None:
+    def lease(
+        self,
+        address: str,
+        manifest: Manifest,
+        *,
+        verify: bool = True,
+        before_fetch: Callable[[], None] = lambda: None,
+    ) -> Lease | None:
         """A folder with the checkpoint's files, fetched first if necessary.
 
         Files are checked against the manifest, as they arrive or, if already cached, by reading
@@ -92,6 +100,7 @@ class CheckpointCache:
 
         Args:
             verify: check the hashes of cached files; if False, only their sizes.
+            before_fetch: called if files have to be fetched, before that; may raise.
 
         Raises:
             CheckpointError: if the files on S3 do not match the manifest.
@@ -110,7 +119,7 @@ class CheckpointCache:
         entry = Manifest(str(self.folder / key), manifest.files)
         lock = FileLock(self.folder / f"{key}.lock")
         try:
-            if self._have(address, entry, lock, verify):
+            if self._have(address, entry, lock, verify, before_fetch):
                 os.utime(lock.descriptor)
                 return Lease(entry.folder, lock)
         except BaseException:
@@ -119,7 +128,14 @@ class CheckpointCache:
         lock.close()
         return None
 
-    def _have(self, address: str, entry: Manifest, lock: FileLock, verify: bool) -> bool:
+    def _have(
+        self,
+        address: str,
+        entry: Manifest,
+        lock: FileLock,
+        verify: bool,
+        before_fetch: Callable[[], None],
+    ) -> bool:
         """Make the entry complete and valid, and hold its lock shared; False if impossible."""
         while True:
             lock.share()  # waits for a process that is fetching it
@@ -140,6 +156,7 @@ class CheckpointCache:
                 continue  # another process is about to fetch it
             if _stamp(entry) is not None and not damaged:
                 continue  # another process has fetched it meanwhile
+            before_fetch()
             if not self._make_room(entry.size, lock):
                 logger.warning("no room for %s: everything in the cache is in use", address)
                 return False

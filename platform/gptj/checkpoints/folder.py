@@ -8,7 +8,7 @@ no manifest and no `training.json`.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Self, cast
@@ -73,15 +73,15 @@ class ModelFolder:
         address: str,
         manifest: Manifest | None,
         *,
-        lease: Lease | None = None,
         from_hub: bool = False,
         verify: bool = True,
     ) -> None:
         self.address = address  # local or s3://; for a hub id, its download folder
         self.manifest = manifest
-        self._lease = lease
+        self._lease: Lease | None = None
         self._from_hub = from_hub
         self.verify = verify
+        self._config: bytes | None = None  # the content of config.json, once it has been read
 
     @classmethod
     def open(
@@ -93,6 +93,7 @@ class ModelFolder:
         files: Sequence[str] = SMALL_FILES,
         verify: bool = True,
         hub: Mapping[str, Any] | None = None,
+        before_weights: Callable[[ModelFolder], None] | None = None,
     ) -> ModelFolder:
         """Locate the folder and read its manifest.
 
@@ -103,26 +104,44 @@ class ModelFolder:
             files: patterns of the other files to download from the hub.
             hub: huggingface_hub's arguments for a hub id, such as `token`.
             verify: check the weights' SHA-256 against the manifest. Small files are always checked.
+            before_weights: called with the folder before weights are fetched or used; may raise.
 
         Raises:
             FileNotFoundError: if there is nothing at the address.
             CheckpointError: if the manifest is damaged, or a file it names is missing or truncated.
         """
         address = normalized(address)
-        choices = WEIGHTS if weights else [(*files, MANIFEST)]
-        folder = _locate(address, revision, choices, hub or {})
+        small = [(*files, MANIFEST)]
+        first = WEIGHTS if weights and before_weights is None else small
+        folder = _locate(address, revision, first, hub or {})
         from_hub = folder != address
         manifest = Manifest.read(folder)
-        if manifest is None or not weights:
-            return cls(folder, manifest, from_hub=from_hub, verify=verify)
-        if storage.is_s3(folder):
-            # Sizes are checked as the files are read: a listing would cost a request.
-            cache = CheckpointCache.from_environment()
-            lease = None if cache is None else cache.lease(folder, manifest, verify=verify)
-            return cls(folder, manifest, lease=lease, verify=verify)
-        if not from_hub:  # a hub download has only the files that were needed
+        opened = cls(folder, manifest, from_hub=from_hub, verify=verify)
+        if not weights:
+            return opened
+        checks = [] if before_weights is None else [before_weights]
+
+        def check() -> None:
+            while checks:
+                checks.pop()(opened)
+
+        in_s3 = storage.is_s3(folder)
+        cache = CheckpointCache.from_environment() if manifest is not None and in_s3 else None
+        if cache is not None:
+            assert manifest is not None
+            opened._lease = cache.lease(folder, manifest, verify=verify, before_fetch=check)
+        try:
+            check()
+        except BaseException:
+            opened.close()
+            raise
+        if from_hub and before_weights is not None:
+            opened.address = _locate(address, revision, WEIGHTS, hub or {})
+        # In S3, sizes are checked as the files are read: a listing would cost a request. A hub
+        # download has only the files that were needed.
+        if manifest is not None and not in_s3 and not from_hub:
             manifest.check_sizes()
-        return cls(folder, manifest, from_hub=from_hub, verify=verify)
+        return opened
 
     def __enter__(self) -> Self:
         return self
@@ -159,6 +178,13 @@ class ModelFolder:
 
         A file that is not in the manifest was added later, and is rejected.
         """
+        if name == CONFIG:
+            if self._config is None:
+                self._config = self._read(name)
+            return self._config
+        return self._read(name)
+
+    def _read(self, name: str) -> bytes:
         if self.manifest is None:
             return read_small(storage.join(self.address, name))
         self.manifest.record(name)

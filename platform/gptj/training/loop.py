@@ -192,6 +192,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
                     total,
                     worker.world_size,
                 )
+                _log_new_schedule(settings, progress, len(data.train), total)
         if progress.step < total:
             run.check_room(engine.module)
         metrics = run.steps(engine, data.train, data.evaluation)
@@ -221,6 +222,27 @@ def _begin_attempt(settings: Settings, worker: Worker) -> tuple[Worker, int]:
         claim.check()
 
     return replace(worker, fence=fence), claim.generation
+
+
+def _log_new_schedule(settings: Settings, progress: Progress, rows: int, total: int) -> None:
+    """Say how an extended run's learning rate jumps."""
+    lengths = {
+        key: progress.settings.get(key, getattr(settings, key)) for key in ("steps", "epochs")
+    }
+    before = settings.model_copy(update=lengths).total_steps(rows)
+    old, new = (
+        settings.optimizer.learning_rate
+        * learning_rate_share(settings.optimizer, progress.step, steps)
+        for steps in (before, total)
+    )
+    if old != new:
+        logger.info(
+            "the schedule has %d steps instead of %d: the learning rate is now %.3g, not %.3g",
+            total,
+            before,
+            new,
+            old,
+        )
 
 
 class _Upload(NamedTuple):
@@ -415,11 +437,16 @@ class _Run:
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         """Record an evaluation; returns whether it is the run's best so far."""
-        progress, score = self.progress, self.task.score(metrics)
-        if progress.best is not None and score <= progress.best["score"]:
+        progress, best = self.progress, self.progress.best
+        kept = self.settings.export == "best"
+        if kept and best is not None and not best["kept"]:
+            # Before a resume with export=best: it cannot be exported.
+            logger.info("the best model so far, of step %d, was not kept", best["step"])
+            best = None
+        if best is not None and not self.task.is_better(metrics, best["metrics"]):
             progress.worse += 1
             return False
-        kept = self.settings.export == "best"
+        score = self.task.score(metrics)
         progress.best = {"step": progress.step, "score": score, "metrics": metrics, "kept": kept}
         progress.worse = 0
         return True
@@ -484,6 +511,8 @@ class _Run:
             "settings": self.settings.model_dump(mode="json"),
             "steps": self.progress.step,
             "best": self.progress.best,
+            "stopped_early": self.progress.step < self.total,
+            "worse": self.progress.worse,
             "metrics": metrics,
             "data": {
                 name: {**fields, "commit": commits.get(name)}

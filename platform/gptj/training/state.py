@@ -219,7 +219,7 @@ def check_same_data(
 def is_complete(settings: Settings) -> bool:
     """Whether the run has already written its model, verifying each of its files.
 
-    False if the run has since been extended.
+    False if the run has since been extended, or given more patience than it ended with.
 
     Raises:
         SettingsError: if it was written with other settings.
@@ -237,7 +237,18 @@ def is_complete(settings: Settings) -> bool:
             f"{MAY_CHANGE}. Choose another run= (with model.checkpoint={address} it starts from "
             f"this model), or delete {settings.folder}"
         )
-    if not extended(training["settings"], now):
+    more = extended(training["settings"], now)
+    if training.get("stopped_early"):  # models of earlier versions do not say
+        patience, worse = settings.early_stopping, training["worse"]
+        if patience is not None and worse >= patience:
+            if more:
+                raise SettingsError(
+                    f"the run {settings.run!r} ended early, after step {training['steps']}, since "
+                    f"{worse} evaluations in a row were not better: with early_stopping={patience} "
+                    f"it takes no further step; raise that as well, or set it to null"
+                )
+            return True
+    elif not more:
         return True
     if latest_checkpoint(settings.folder) is None:
         raise SettingsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -143,6 +144,21 @@ class Task(ABC, Generic[D]):
         """A score that ranks models by their metrics; higher is better."""
         name = next(each for each in self.best_by if each in metrics)
         return -metrics[name] if name in ("loss", "mse") else metrics[name]
+
+    def is_better(self, metrics: dict[str, float], than: dict[str, float]) -> bool:
+        """Whether an evaluation ranks higher than an earlier one.
+
+        By their losses if their scores are equal: an F1 often stays the same, at 0 or 1 above all,
+        while the loss shows that the model still learns. NaN is worse than anything.
+        """
+
+        def rank(each: dict[str, float]) -> tuple[float, ...]:
+            # NaN is null in a checkpoint.
+            each = {name: math.nan if value is None else value for name, value in each.items()}
+            both = (self.score(each), -each["loss"])
+            return tuple(-math.inf if math.isnan(value) else value for value in both)
+
+        return rank(metrics) > rank(than)
 
     def check(self, options: DataSettings) -> None:
         """ValueError if the settings contradict each other."""

@@ -8,6 +8,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,14 @@ def normalized(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
+@lru_cache(maxsize=4)  # a context's windows follow each other, and a long one has hundreds
+def _words(context: str) -> Words:
+    return Words(context)
+
+
 def _answer(data: QuestionAnsweringData, example: int, start: Array, end: Array) -> Answer:
     null = null_logit(start, end)
-    words = Words(data.questions[data.question_of(example)].context)
+    words = _words(data.questions[data.question_of(example)].context)
     best = candidates(data.window(example), start, end, MAX_ANSWER_TOKENS, 1, words)
     if not best:
         return Answer(0, 0, -math.inf, null)
