@@ -241,11 +241,10 @@ def _config_and_tokenizer(
                 f"remedy: the model that they were made from"
             )
     tokenizer = GPTJTokenizer.from_folder(folder)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"{arguments.checkpoint}: the tokenizer has {len(tokenizer)} entries, but the model's "
-            f"vocab_size is {config.vocab_size}"
-        )
+    try:
+        tokenizer.check_rows(config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{arguments.checkpoint}: {error}") from error
     return config, tokenizer
 
 

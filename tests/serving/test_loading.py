@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from gapped_tokenizer import gapped
 from large_models import enlarge, parameters
 from pydantic import ValidationError
 from serving_models import Models
@@ -20,7 +21,12 @@ from deployments.embeddings import load_service as load_embeddings
 from deployments.generation import Arguments as GenerationArguments
 from deployments.in_process import InProcessService
 from deployments.loading import Arguments, BatchArguments, check, load, name_of
-from gptj import GPTJForCausalLM, GPTJModel
+from gptj import (
+    GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
+    GPTJModel,
+)
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters, add_lora
@@ -54,6 +60,28 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
         load(GPTJForCausalLM, Arguments(checkpoint=address))
     with pytest.raises(ValidationError, match="max_batches"):
         Arguments.model_validate({"checkpoint": address, "max_batches": 3})
+
+
+def test_a_tokenizer_with_an_id_beyond_the_embedding_is_refused(
+    models: Models, tmp_path: Path
+) -> None:
+    """One client's text with it would fail the batch; the number of entries does not show it."""
+    rows = models.generation.config.vocab_size
+    heads = {
+        GPTJForCausalLM: models.generation,
+        GPTJForSequenceClassification: models.classification,
+        GPTJForQuestionAnswering: models.question_answering,
+        GPTJModel: models.generation,
+    }
+    for cls, model in heads.items():
+        address = str(tmp_path / cls.__name__)
+        model.save_pretrained(address, tokenizer=gapped(models.tokenizer, rows - 1))
+        check(cls, Arguments(checkpoint=address))
+        (Path(address) / "manifest.json").unlink()
+        gapped(models.tokenizer, rows).save_pretrained(address)
+        for refuse in (check, load):
+            with pytest.raises(ValueError, match=rf"an id {rows} \(for the token 'z'\)"):
+                refuse(cls, Arguments(checkpoint=address, dtype="float32"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import islice
 from operator import index as whole_number
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Literal
 
 import numpy as np
@@ -228,6 +229,24 @@ class GPTJTokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
 
     @property
+    def rows_needed(self) -> int:
+        """One more than the largest id, as a model's embedding needs a row for each.
+
+        More than `len(tokenizer)` if there are gaps between the ids.
+        """
+        return max(self._known_ids, default=-1) + 1
+
+    def check_rows(self, rows: int) -> None:
+        """ValueError, with an id and its token, if an embedding of `rows` rows is too small."""
+        if self.rows_needed > rows:
+            number = self.rows_needed - 1
+            raise ValueError(
+                f"the tokenizer has an id {number} (for the token "
+                f"{shown(self._tokenizer.id_to_token(number))}), but the model's vocab_size is "
+                f"{rows}: ids must be below it"
+            )
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._id(self.bos_token)
 
@@ -402,7 +421,7 @@ class GPTJTokenizer:
         """Add tokens that are never split; returns how many are new as such.
 
         Existing vocabulary entries keep their ids. The model needs a row for each new id: call
-        `model.resize_token_embeddings(len(tokenizer))`, unless it already has enough.
+        `model.resize_token_embeddings(tokenizer.rows_needed)`, unless it already has enough.
 
         Args:
             special_tokens: omit them where special tokens are skipped.
