@@ -16,6 +16,8 @@ from gptj.serialization.json_object import parse_object
 from gptj.tokenizer.bpe import END_OF_TEXT, add_tokens, byte_level_bpe, make_special
 from gptj.tokenizer.inputs import Side
 
+# A list or, in a newer format, tokens by their names.
+EXTRA_SPECIAL = "extra_special_tokens"
 SPECIAL_NAMES = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 
 
@@ -24,9 +26,7 @@ class TokenizerFiles:
     """A tokenizer and its settings, as read from a folder."""
 
     tokenizer: Tokenizer
-    bos_token: str | None
-    eos_token: str | None
-    pad_token: str | None
+    special_tokens: dict[str, str]  # by name: eos_token and the like
     model_max_length: int | None
     padding_side: Side
     chat_template: str | dict[str, str] | None
@@ -35,26 +35,29 @@ class TokenizerFiles:
     def read(cls, opened: ModelFolder) -> TokenizerFiles:
         """NoTokenizerError if there is none, ValueError if a file cannot be parsed."""
         folder, files = opened.address, opened.read_tokenizer()
-        special_map = _json_object(folder, files, "special_tokens_map.json")
-        settings = {**special_map, **_json_object(folder, files, "tokenizer_config.json")}
+        settings = _settings(folder, files)
         tokenizer = _read_vocabulary(folder, files, bool(settings.get("add_prefix_space", False)))
         known = tokenizer.get_vocab(with_added_tokens=True)
         default = END_OF_TEXT if END_OF_TEXT in known else None
         for name in ("bos_token", "eos_token", "unk_token"):
             settings.setdefault(name, default)
         try:
-            make_special(tokenizer, _special_tokens(settings) & set(known))
+            named = _named_tokens(settings)
+            make_special(tokenizer, {*named.values(), *_unnamed_tokens(settings)} & set(known))
             return cls(
                 tokenizer,
-                bos_token=_token_text(settings["bos_token"]),
-                eos_token=_token_text(settings["eos_token"]),
-                pad_token=_token_text(settings.get("pad_token")),
+                special_tokens=named,
                 model_max_length=_longest(settings.get("model_max_length")),
                 padding_side=_side(settings.get("padding_side", "right")),
                 chat_template=_chat_template(settings.get("chat_template"), files),
             )
         except ValueError as error:
             raise _unreadable(folder, "tokenizer_config.json", error) from error
+
+
+def _settings(folder: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+    special_map = _json_object(folder, files, "special_tokens_map.json")
+    return {**special_map, **_json_object(folder, files, "tokenizer_config.json")}
 
 
 def _read_vocabulary(folder: str, files: Mapping[str, bytes], prefix_space: bool) -> Tokenizer:
@@ -82,13 +85,29 @@ def _read_vocabulary(folder: str, files: Mapping[str, bytes], prefix_space: bool
     return tokenizer
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> set[str]:
-    """The special tokens named in a tokenizer's configuration."""
-    several = ("additional_special_tokens", "extra_special_tokens")
-    values = [settings[name] for name in SPECIAL_NAMES if name in settings]
-    for name in several:
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that have names in a tokenizer's configuration, by name.
+
+    As in transformers, a model may name more than SPECIAL_NAMES, such as image_token.
+    """
+    values = {name: settings.get(name) for name in SPECIAL_NAMES}
+    for name, value in settings.items():
+        if name.endswith("_token") and isinstance(value, str | dict):
+            values[name] = value
+    extra = settings.get(EXTRA_SPECIAL)
+    if isinstance(extra, dict):
+        values |= extra
+    return {
+        name: text for name, value in values.items() if (text := _token_text(value)) is not None
+    }
+
+
+def _unnamed_tokens(settings: Mapping[str, Any]) -> set[str]:
+    """The special tokens that a configuration lists without names."""
+    values = []
+    for name in ("additional_special_tokens", EXTRA_SPECIAL):
         found = settings.get(name) or []
-        if not isinstance(found, list | dict):  # a newer format maps names to tokens
+        if not isinstance(found, list | dict):
             raise ValueError(f"{name} must be a list of tokens, got {shown(found)}")
         values += found.values() if isinstance(found, dict) else found
     return {text for value in values if (text := _token_text(value)) is not None}

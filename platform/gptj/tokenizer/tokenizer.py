@@ -48,6 +48,9 @@ from gptj.tokenizer.rows import Encoded, Window, as_arrays, cut, truncate_pair
 
 Ids = int | np.integer[Any] | Sequence[int] | torch.Tensor | np.ndarray[Any, Any]
 
+# Those that we use ourselves; others are for chat templates.
+MAIN_TOKENS = ("bos_token", "eos_token", "pad_token")
+
 
 class GPTJTokenizer:
     """A byte-level BPE tokenizer with the special tokens of a model.
@@ -55,6 +58,8 @@ class GPTJTokenizer:
     Args:
         tokenizer: the vocabulary, merges and added tokens; its truncation and padding are disabled.
         bos_token, eos_token, pad_token: entries of the vocabulary, or None.
+        other_tokens: further special tokens by name, such as sep_token, for chat templates;
+            default: unk_token is eos_token.
         model_max_length: the model's longest input, in tokens; None if unknown.
         padding_side: the default side of padding.
         chat_template: Jinja for gptj.chat, or several by name; None: no template.
@@ -73,6 +78,7 @@ class GPTJTokenizer:
         model_max_length: int | None = None,
         padding_side: Side = "right",
         chat_template: str | dict[str, str] | None = None,
+        other_tokens: Mapping[str, str] | None = None,
     ) -> None:
         check_byte_level(tokenizer)
         self._tokenizer = tokenizer
@@ -84,6 +90,9 @@ class GPTJTokenizer:
         self.model_max_length = model_max_length
         self.padding_side: Side = padding_side
         self.chat_template = chat_template
+        if other_tokens is None:
+            other_tokens = {} if eos_token is None else {"unk_token": eos_token}
+        self.other_tokens = dict(other_tokens)
 
     @classmethod
     def from_pretrained(
@@ -134,12 +143,13 @@ class GPTJTokenizer:
                 raise
             base = Base.of(folder)
             return cls.from_pretrained(base.address, revision=base.revision)
+        tokens = {name: found.special_tokens.get(name) for name in MAIN_TOKENS}
+        others = found.special_tokens.items() - tokens.items()
         try:
             return cls(
                 found.tokenizer,
-                bos_token=found.bos_token,
-                eos_token=found.eos_token,
-                pad_token=found.pad_token,
+                **tokens,
+                other_tokens=dict(sorted(others)),
                 model_max_length=found.model_max_length,
                 padding_side=found.padding_side,
                 chat_template=found.chat_template,
@@ -196,16 +206,15 @@ class GPTJTokenizer:
 
     def files(self) -> dict[str, bytes]:
         """The files' content, as `from_pretrained`, ours and Hugging Face's, reads them."""
-        settings = {
+        settings: dict[str, Any] = {
             "tokenizer_class": "GPT2Tokenizer",
             # Hugging Face's class reads this, not tokenizer.json's.
             "add_prefix_space": getattr(self._tokenizer.pre_tokenizer, "add_prefix_space", False),
             "clean_up_tokenization_spaces": False,
             "padding_side": self.padding_side,
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-            "unk_token": self.eos_token,
-            "pad_token": self.pad_token,
+            **{name: getattr(self, name) for name in MAIN_TOKENS},
+            "unk_token": None,
+            **self.other_tokens,
         }
         if self.model_max_length is not None:
             settings["model_max_length"] = self.model_max_length
@@ -245,6 +254,12 @@ class GPTJTokenizer:
                 f"{shown(self._tokenizer.id_to_token(number))}), but the model's vocab_size is "
                 f"{rows}: ids must be below it"
             )
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The special tokens that have names, by name, as in Hugging Face."""
+        tokens = {name: getattr(self, name) for name in MAIN_TOKENS}
+        return {**{n: each for n, each in tokens.items() if each is not None}, **self.other_tokens}
 
     @property
     def bos_token_id(self) -> int | None:
@@ -444,7 +459,7 @@ class GPTJTokenizer:
         Returns the same as `add_tokens`.
         """
         for name in special_tokens:
-            if name not in ("bos_token", "eos_token", "pad_token"):
+            if name not in MAIN_TOKENS:
                 raise ValueError(
                     f"{name} is not one of bos_token, eos_token and pad_token; remedy: "
                     f"add_tokens([…], special_tokens=True)"
