@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
@@ -55,6 +55,57 @@ class TokenizerFiles:
             raise _unreadable(folder, "tokenizer_config.json", error) from error
 
 
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What a folder says about a tokenizer that is elsewhere: its files without a vocabulary."""
+
+    special_tokens: dict[str, str]  # by name
+    # Tokens that the vocabulary needs, with their ids where the files have them.
+    entries: dict[str, int | None]
+    chat_template: str | dict[str, str] | None
+
+    @classmethod
+    def read(cls, opened: ModelFolder) -> TokenizerSettings:
+        """ValueError if a file cannot be parsed."""
+        folder, files = opened.address, opened.read_tokenizer()
+        settings = _settings(folder, files)
+        added = _json_object(folder, files, "added_tokens.json")
+        try:
+            named = _named_tokens(settings)
+            # Nothing is padded with the pad token where the tokenizer is used.
+            needed = {text for name, text in named.items() if text and name != "pad_token"}
+            entries: dict[str, int | None] = dict.fromkeys(
+                sorted(needed | _unnamed_tokens(settings))
+            )
+            entries |= _added_entries((number, token) for token, number in added.items())
+            entries |= _added_entries(_decoder(settings).items())
+            template = _chat_template(settings.get("chat_template"), files)
+        except ValueError as error:
+            raise _unreadable(folder, "tokenizer_config.json", error) from error
+        return cls(named, entries, template)
+
+
+def _decoder(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Added tokens by their ids, as texts."""
+    found = settings.get("added_tokens_decoder") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"added_tokens_decoder must map ids to tokens, got {shown(found)}")
+    return found
+
+
+def _added_entries(tokens: Iterable[tuple[Any, Any]]) -> dict[str, int]:
+    """Ids by token, from pairs of an id, perhaps as text, and a token."""
+    entries = {}
+    for number, token in tokens:
+        if type(number) is not int and not (isinstance(number, str) and number.isdecimal()):
+            raise ValueError(
+                f"the id of {shown(token)} must be a whole number, got {shown(number)}"
+            )
+        if (text := _token_text(token)) is not None:
+            entries[text] = int(number)
+    return entries
+
+
 def _settings(folder: str, files: Mapping[str, bytes]) -> dict[str, Any]:
     special_map = _json_object(folder, files, "special_tokens_map.json")
     return {**special_map, **_json_object(folder, files, "tokenizer_config.json")}
@@ -104,7 +155,7 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _unnamed_tokens(settings: Mapping[str, Any]) -> set[str]:
     """The special tokens that a configuration lists without names."""
-    values = []
+    values: list[Any] = []
     for name in ("additional_special_tokens", EXTRA_SPECIAL):
         found = settings.get(name) or []
         if not isinstance(found, list | dict):
@@ -144,7 +195,10 @@ def _token_text(token: Any) -> str | None:
 def _chat_template(setting: Any, files: Mapping[str, bytes]) -> str | dict[str, str] | None:
     """The template from its file, else from the settings: a string, or several by name."""
     if CHAT_TEMPLATE in files:
-        return files[CHAT_TEMPLATE].decode()
+        try:
+            return files[CHAT_TEMPLATE].decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{CHAT_TEMPLATE} is not UTF-8: {error}") from error
     if setting is None or isinstance(setting, str):
         return setting
     try:

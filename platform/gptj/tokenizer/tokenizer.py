@@ -137,12 +137,17 @@ class GPTJTokenizer:
     def from_folder(cls, folder: ModelFolder) -> GPTJTokenizer:
         """The tokenizer of an open folder; see `from_pretrained`."""
         try:
-            found = TokenizerFiles.read(folder)
+            return cls.own(folder)
         except NoTokenizerError:
             if not folder.is_adapter:
                 raise
             base = Base.of(folder)
             return cls.from_pretrained(base.address, revision=base.revision)
+
+    @classmethod
+    def own(cls, folder: ModelFolder) -> GPTJTokenizer:
+        """The tokenizer in an open folder, without looking elsewhere; see `from_pretrained`."""
+        found = TokenizerFiles.read(folder)
         tokens = {name: found.special_tokens.get(name) for name in MAIN_TOKENS}
         others = found.special_tokens.items() - tokens.items()
         try:
