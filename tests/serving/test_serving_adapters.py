@@ -250,6 +250,12 @@ def spoil(folder: Path) -> None:
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
 
 
+def pickled(folder: Path, content: Any) -> None:
+    """In place of the adapter's tensors."""
+    torch.save(content, folder / "adapter_model.bin")
+    (folder / FILE).unlink()
+
+
 def write(name: str, content: Any) -> Callable[[Path], None]:
     """Adds a file, of bytes, a text or JSON."""
     content = content if isinstance(content, str | bytes) else json.dumps(content)
@@ -276,6 +282,9 @@ def tokenizer_with(token: str) -> GPTJTokenizer:
         (lambda folder: (folder / FILE).unlink(), "adapter_model"),
         (cut, FILE),
         (spoil, "non-finite"),
+        (lambda folder: pickled(folder, [1]), "not a plain state dict"),
+        (lambda folder: pickled(folder, {1: torch.zeros(1)}), "it has the name 1"),
+        (lambda folder: pickled(folder, {"model": load_file(folder / FILE)}), "['model'], FILE"),
         (write("chat_template.jinja", "{% if %}"), "Jinja"),
         (write("chat_template.jinja", b"\xff"), "chat_template.jinja is not UTF-8"),
         (write("tokenizer_config.json", {"chat_template": "{% if %}"}), "Jinja"),
