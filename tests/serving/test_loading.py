@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from deployments import loading
 from deployments.embeddings import Arguments as EmbeddingsArguments
 from deployments.embeddings import load_service as load_embeddings
 from deployments.generation import Arguments as GenerationArguments
-from deployments.in_process import InProcessService
+from deployments.in_process import InProcessService, as_json
 from deployments.loading import Arguments, BatchArguments, check, load, name_of
 from gptj import (
     GPTJForCausalLM,
@@ -250,6 +252,40 @@ def test_a_chat_template_is_checked_before_anything_is_deployed(
     ):
         with pytest.raises(ValueError, match=reason):
             check(GPTJForCausalLM, GenerationArguments(checkpoint=checkpoint, chat_template=given))
+
+
+def test_outputs_also_end_at_the_end_tokens_of_the_generation_config(
+    models: Models, tmp_path: Path
+) -> None:
+    """One or several, besides those of config.json; its other fields have no effect."""
+    models.with_unused_ids().save_pretrained(tmp_path, tokenizer=models.tokenizer)
+    (tmp_path / "manifest.json").unlink()  # as others save models
+    file = tmp_path / "generation_config.json"
+    arguments = GenerationArguments(checkpoint=str(tmp_path), dtype="float32")
+    body = {"prompt": "The tower", "temperature": 0, "max_tokens": 8, "return_token_ids": True}
+
+    def choice(**fields: Any) -> Any:
+        file.write_text(json.dumps({"max_length": 1, "do_sample": True, **fields}))
+        service = InProcessService.load("generation", arguments, torch.device("cpu"))
+        with closing(service):
+            reply = asyncio.run(service.answer("/v1/completions", body))
+        return as_json(reply)["choices"][0]
+
+    plain = choice()
+    ids = plain["token_ids"]
+    end = ids[3]
+    assert len(ids) == 8 and plain["finish_reason"] == "length"
+    for value in (end, [10**6, end], [end, models.tokenizer.eos_token_id]):
+        found = choice(eos_token_id=value)
+        assert found["finish_reason"] == "stop"
+        first = ids.index(end)
+        assert found["token_ids"][:first] == ids[:first]
+        assert len(found["token_ids"]) <= first + 1
+    loaded, _ = load(GPTJForCausalLM, arguments, torch.device("cpu"))
+    assert set(loaded.config.eos_token_id or []) == {end, models.tokenizer.eos_token_id}
+    file.write_text('{"eos_token_id": "stop"}')
+    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id must be a"):
+        check(GPTJForCausalLM, arguments)
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,11 @@ def write(name: str, content: Any) -> Callable[[Path], None]:
     """Adds a file, of bytes, a text or JSON."""
     content = content if isinstance(content, str | bytes) else json.dumps(content)
     content = content if isinstance(content, bytes) else content.encode()
-    return lambda folder: (folder / name).write_bytes(content) and None
+
+    def add(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return add
 
 
 def tokenizer_with(token: str) -> GPTJTokenizer:
