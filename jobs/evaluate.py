@@ -192,11 +192,10 @@ def make_data(
         raise ValueError(
             f"sequence_length={length} exceeds the model's n_positions={config.n_positions}"
         )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"{settings.checkpoint}: the tokenizer has {len(tokenizer)} entries, but the model's "
-            f"vocab_size is {config.vocab_size}"
-        )
+    try:
+        tokenizer.check_rows(config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{settings.checkpoint}: {error}") from error
     for other in TASKS.values():
         for key in set(other.own_settings) - set(task.own_settings):
             if (value := getattr(settings, key, None)) is not None:

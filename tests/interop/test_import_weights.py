@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from gapped_tokenizer import gapped
 from test_hub import MAIN, OLD, REPOSITORY, Client, Hub, serving
 
 from gptj import (
@@ -246,9 +247,14 @@ def test_the_tokenizer_is_the_sources_or_the_given_one(
     assert "without has no tokenizer" in caplog.text
     assert not (tmp_path / "three" / "tokenizer.json").exists()
     GPTJTokenizer.train([Path(__file__).read_text()], 400).save_pretrained(tmp_path / "large")
-    with pytest.raises(CheckpointError, match="has 400 entries, but the model's embedding has 300"):
+    with pytest.raises(CheckpointError, match=r"large: .* an id 399 .* vocab_size is 300"):
         import_weights(
             str(tmp_path / "without"), str(tmp_path / "four"), tokenizer=str(tmp_path / "large")
+        )
+    gapped(tokenizer, 300).save_pretrained(tmp_path / "gapped")
+    with pytest.raises(CheckpointError, match=r"gapped: the tokenizer has an id 300 .*'z'"):
+        import_weights(
+            str(tmp_path / "without"), str(tmp_path / "five"), tokenizer=str(tmp_path / "gapped")
         )
 
 

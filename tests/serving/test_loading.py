@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
+from gapped_tokenizer import gapped
 from large_models import enlarge, parameters
 from pydantic import ValidationError
 from serving_models import Models
@@ -18,9 +21,14 @@ from deployments import loading
 from deployments.embeddings import Arguments as EmbeddingsArguments
 from deployments.embeddings import load_service as load_embeddings
 from deployments.generation import Arguments as GenerationArguments
-from deployments.in_process import InProcessService
+from deployments.in_process import InProcessService, as_json
 from deployments.loading import Arguments, BatchArguments, check, load, name_of
-from gptj import GPTJForCausalLM, GPTJModel
+from gptj import (
+    GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
+    GPTJModel,
+)
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters, add_lora
@@ -55,6 +63,28 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
         load(GPTJForCausalLM, Arguments(checkpoint=address))
     with pytest.raises(ValidationError, match="max_batches"):
         Arguments.model_validate({"checkpoint": address, "max_batches": 3})
+
+
+def test_a_tokenizer_with_an_id_beyond_the_embedding_is_refused(
+    models: Models, tmp_path: Path
+) -> None:
+    """One client's text with it would fail the batch; the number of entries does not show it."""
+    rows = models.generation.config.vocab_size
+    heads = {
+        GPTJForCausalLM: models.generation,
+        GPTJForSequenceClassification: models.classification,
+        GPTJForQuestionAnswering: models.question_answering,
+        GPTJModel: models.generation,
+    }
+    for cls, model in heads.items():
+        address = str(tmp_path / cls.__name__)
+        model.save_pretrained(address, tokenizer=gapped(models.tokenizer, rows - 1))
+        check(cls, Arguments(checkpoint=address))
+        (Path(address) / "manifest.json").unlink()
+        gapped(models.tokenizer, rows).save_pretrained(address)
+        for refuse in (check, load):
+            with pytest.raises(ValueError, match=rf"an id {rows} \(for the token 'z'\)"):
+                refuse(cls, Arguments(checkpoint=address, dtype="float32"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -219,6 +249,40 @@ def test_a_chat_template_is_checked_before_anything_is_deployed(
     ):
         with pytest.raises(ValueError, match=reason):
             check(GPTJForCausalLM, GenerationArguments(checkpoint=checkpoint, chat_template=given))
+
+
+def test_outputs_also_end_at_the_end_tokens_of_the_generation_config(
+    models: Models, tmp_path: Path
+) -> None:
+    """One or several, besides those of config.json; its other fields have no effect."""
+    models.with_unused_ids().save_pretrained(tmp_path, tokenizer=models.tokenizer)
+    (tmp_path / "manifest.json").unlink()  # as others save models
+    file = tmp_path / "generation_config.json"
+    arguments = GenerationArguments(checkpoint=str(tmp_path), dtype="float32")
+    body = {"prompt": "The tower", "temperature": 0, "max_tokens": 8, "return_token_ids": True}
+
+    def choice(**fields: Any) -> Any:
+        file.write_text(json.dumps({"max_length": 1, "do_sample": True, **fields}))
+        service = InProcessService.load("generation", arguments, torch.device("cpu"))
+        with closing(service):
+            reply = asyncio.run(service.answer("/v1/completions", body))
+        return as_json(reply)["choices"][0]
+
+    plain = choice()
+    ids = plain["token_ids"]
+    end = ids[3]
+    assert len(ids) == 8 and plain["finish_reason"] == "length"
+    for value in (end, [10**6, end], [end, models.tokenizer.eos_token_id]):
+        found = choice(eos_token_id=value)
+        assert found["finish_reason"] == "stop"
+        first = ids.index(end)
+        assert found["token_ids"][:first] == ids[:first]
+        assert len(found["token_ids"]) <= first + 1
+    loaded, _ = load(GPTJForCausalLM, arguments, torch.device("cpu"))
+    assert set(loaded.config.eos_token_id or []) == {end, models.tokenizer.eos_token_id}
+    file.write_text('{"eos_token_id": "stop"}')
+    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id must be a"):
+        check(GPTJForCausalLM, arguments)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -19,15 +19,16 @@ import openai
 import pytest
 import torch
 import yaml
+from gapped_tokenizer import gapped
 from peft_adapters import KINDS, Made, make_adapter
 from safetensors.torch import load_file, save_file
 from serving_client import CHATS, COMPLETIONS, assert_error, complete, greedy, streamed, text_of
-from serving_models import TEMPLATE, Models, served_with_adapters
+from serving_models import SENTENCES, TEMPLATE, Models, served_with_adapters
 
 from deployments.generation import Arguments, new_engine_runner
 from deployments.in_process import InProcessService
 from deployments.preflight import _problem
-from gptj import GPTJForCausalLM, storage
+from gptj import GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import add_lora
@@ -183,6 +184,44 @@ def test_chats_use_an_adapters_own_template(
         assert reply["choices"][0]["message"]["content"] == expected(merged, name, prompt)
 
 
+@pytest.mark.parametrize("base", ["a folder", "nothing"])
+def test_an_adapters_template_needs_neither_its_vocabulary_nor_its_base(
+    lora: str, root: Path, models: Models, tmp_path: Path, base: str
+) -> None:
+    """The base is an address that whoever wrote the adapter chose: it is never opened."""
+    secret = tmp_path / base
+    if base == "a folder":
+        other = GPTJTokenizer.train(["secrets"], 257)
+        other.chat_template = "secret"
+        other.save_pretrained(secret)
+        (secret / "manifest.json").write_text("{ a secret")
+    own = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ sep_token }}{{ eos_token }}"
+    files = {
+        "chat_template.jinja": write("chat_template.jinja", own),
+        "tokenizer_config.json": write(
+            "tokenizer_config.json",
+            {"chat_template": own, "sep_token": "z", "pad_token": "[PAD]"},
+        ),
+        "special_tokens_map.json": write("special_tokens_map.json", {}),
+        "added_tokens.json": write("added_tokens.json", {}),
+    }
+    for name, add in files.items():
+        folder = root / f"own/{name}"
+        shutil.copytree(root / "queries", folder)
+        damage_config(folder, base_model_name_or_path=str(secret))
+        add(folder)
+        message = {"role": "user", "content": PROMPT}
+        body = {"model": f"own/{name}", "messages": [message], "add_generation_prompt": False}
+        reply = httpx.post(f"{lora}/tokenize", json=body, timeout=60)
+        assert reply.status_code == 200, reply.text
+        text = models.tokenizer.decode(reply.json()["tokens"])
+        end = f"[{PROMPT}]" + ("z" if "config" in name else "") + "<|endoftext|>"
+        has = name.startswith(("chat", "tokenizer"))
+        assert text == (end if has else ChatTemplate(TEMPLATE).render([message]))
+        found = httpx.get(f"{lora}/v1/models/own/{name}", timeout=60).json()
+        assert found["root"] == str(folder)
+
+
 @pytest.mark.parametrize(
     "name",
     ["nobody", "team", "../adapters/queries", "team/../queries", "/etc", "queries/", ".", "a//b",
@@ -211,6 +250,29 @@ def spoil(folder: Path) -> None:
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
 
 
+def pickled(folder: Path, content: Any) -> None:
+    """In place of the adapter's tensors."""
+    torch.save(content, folder / "adapter_model.bin")
+    (folder / FILE).unlink()
+
+
+def write(name: str, content: Any) -> Callable[[Path], None]:
+    """Adds a file, of bytes, a text or JSON."""
+    content = content if isinstance(content, str | bytes) else json.dumps(content)
+    content = content if isinstance(content, bytes) else content.encode()
+
+    def add(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return add
+
+
+def tokenizer_with(token: str) -> GPTJTokenizer:
+    tokenizer = GPTJTokenizer.train(SENTENCES, 300)
+    tokenizer.add_tokens(token)
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -224,7 +286,36 @@ def spoil(folder: Path) -> None:
         (lambda folder: (folder / FILE).unlink(), "adapter_model"),
         (cut, FILE),
         (spoil, "non-finite"),
-        (lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"), "Jinja"),
+        (lambda folder: pickled(folder, [1]), "not a plain state dict"),
+        (lambda folder: pickled(folder, {1: torch.zeros(1)}), "it has the name 1"),
+        (lambda folder: pickled(folder, {"model": load_file(folder / FILE)}), "['model'], FILE"),
+        (write("chat_template.jinja", "{% if %}"), "Jinja"),
+        (write("chat_template.jinja", b"\xff"), "chat_template.jinja is not UTF-8"),
+        (write("tokenizer_config.json", {"chat_template": "{% if %}"}), "Jinja"),
+        (write("tokenizer_config.json", {"chat_template": 5}), "chat_template must be a text"),
+        (write("tokenizer_config.json", {"eos_token": ["a"]}), "a token must be a string"),
+        (write("tokenizer_config.json", []), "it is not a JSON object"),
+        (write("special_tokens_map.json", "{"), "special_tokens_map.json is damaged"),
+        (write("added_tokens.json", {"<|user|>": [1]}), "must be a whole number"),
+        (write("added_tokens.json", {"<|user|>": 320}), "adds the token '<|user|>'"),
+        (write("tokenizer_config.json", {"added_tokens_decoder": [1]}), "must map ids"),
+        (
+            write("tokenizer_config.json", {"added_tokens_decoder": {"320": {"content": "<s>"}}}),
+            "adds the token '<s>'",
+        ),
+        (write("special_tokens_map.json", {"sep_token": "<s>"}), "adds the token '<s>'"),
+        (
+            write("special_tokens_map.json", {"additional_special_tokens": ["<s>"]}),
+            "adds the token '<s>'",
+        ),
+        (write("vocab.json", {"a": 0}), "neither tokenizer.json nor vocab.json with merges.txt"),
+        (write("merges.txt", ""), "neither tokenizer.json nor vocab.json with merges.txt"),
+        (write("tokenizer.json", "{"), "cannot read"),
+        (lambda folder: tokenizer_with("<s>").save_pretrained(folder), "adds the token '<s>'"),
+        (
+            lambda folder: gapped(GPTJTokenizer.train(SENTENCES, 300), 999).save_pretrained(folder),
+            "its id of 'z' is 999, not",
+        ),
     ],
 )
 def test_a_bad_adapter_only_fails_its_own_requests_with_400(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from fastapi import Request
+from fastapi import FastAPI, Request
+from gapped_tokenizer import gapped
 from http_server import listening
 from serving_client import ANSWERS, CHATS, CLASSIFICATION, COMPLETIONS, EMBEDDINGS, assert_error
-from serving_models import CONTEXT, SHORT_CONTEXT
+from serving_models import CONTEXT, SHORT_CONTEXT, Models, applications, mounted
 
 from gptj.serving.app import new_app
 from gptj.serving.chat.messages import ChatMessage
@@ -37,6 +40,35 @@ pytest_plugins = ["serving_fixtures"]
 HELLO = {"role": "user", "content": "x"}
 HERE = {"question": "Who?", "context": "Anna wrote it."}
 LONG = "The tower " * 1000
+
+
+def test_an_id_beyond_the_embedding_fails_no_other_request(models: Models) -> None:
+    """Deploying refuses such a tokenizer; a batch must not fail even so."""
+    beyond = replace(models, tokenizer=gapped(models.tokenizer, 5000))
+
+    def bodies(text: str) -> dict[str, Any]:
+        return {
+            COMPLETIONS: {"prompt": text, "max_tokens": 1},
+            CLASSIFICATION: {"inputs": ["A tower", text]},
+            ANSWERS: {"inputs": {"question": "Who?", "context": f"Anna {text}"}},
+            EMBEDDINGS: {"input": ["A tower", text]},
+        }
+
+    async def replies(apps: dict[str, FastAPI]) -> None:
+        transport = httpx.ASGITransport(mounted({**apps}))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for (path, bad), good in zip(
+                bodies("z").items(), bodies("river").values(), strict=True
+            ):
+                asked = [client.post(path, json=body) for body in (good, bad, good, bad, good)]
+                answers = await asyncio.gather(*asked)
+                assert [each.status_code for each in answers] == [200, 400, 200, 400, 200], path
+                assert "5000 is not a token id of this model" in answers[1].text
+                health = "/health" if path == COMPLETIONS else f"{path}/health"
+                assert (await client.get(health)).status_code == 200
+
+    with applications(beyond) as apps:
+        asyncio.run(replies(apps))
 
 
 WRONG: list[tuple[str, Any, int, str]] = [

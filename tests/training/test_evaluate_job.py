@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gapped_tokenizer import gapped
 
 from gptj import (
     GPTJConfig,
@@ -288,6 +289,11 @@ def test_a_checkpoint_that_cannot_be_evaluated_is_refused(
         measure(read_settings([classifier, labelled, f"unigram={data}"]))
     with pytest.raises(FileNotFoundError, match="not an existing folder"):
         measure(read_settings([str(tmp_path / "nothing here"), data]))
+    beyond = saved(GPTJForCausalLM, tokenizer, tmp_path / "beyond")
+    (tmp_path / "beyond/manifest.json").unlink()
+    gapped(tokenizer, 999).save_pretrained(beyond)
+    with pytest.raises(ValueError, match=r"beyond: the tokenizer has an id 999 .*'z'"):
+        measure(read_settings([beyond, data]))
     torch.manual_seed(0)
     broken = GPTJForCausalLM(GPTJConfig.preset("tiny", vocab_size=len(tokenizer)))
     torch.nn.init.constant_(broken.lm_head.bias, float("nan"))

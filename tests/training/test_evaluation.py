@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gapped_tokenizer import gapped
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -331,6 +332,11 @@ def test_unigram_perplexity_uses_smoothed_frequencies(tokenizer: GPTJTokenizer) 
     other = CausalLMData(rows(text=TEXTS), GPTJTokenizer.train(TEXTS, 257), 16)
     with pytest.raises(ValueError, match=r"vocabularies of 257 and 280|one tokenizer"):
         unigram_perplexity(other, held_out)
+    gaps = gapped(tokenizer, 999)
+    found = unigram_perplexity(
+        CausalLMData(rows(text=TEXTS), gaps, 16), CausalLMData(rows(text=["z"] * 4), gaps, 4)
+    )
+    assert math.isfinite(found)
 
 
 def test_a_missing_part_is_detected(tokenizer: GPTJTokenizer) -> None:

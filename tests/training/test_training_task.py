@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from gapped_tokenizer import gapped
 from task_data import make_data
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification, GPTJTokenizer
@@ -184,9 +185,23 @@ def test_a_checkpoint_without_a_tokenizer_takes_one_from_elsewhere(
     given = {"tokenizer": {"address": str(tmp_path / "larger")}}
     settings = settings_of(tmp_path, ["a", "b"], **fields, **given)
     with pytest.raises(
-        SettingsError, match=r"the tokenizer 28.*: .*larger is not the tokenizer of"
+        SettingsError, match=r"the tokenizer has an id 2.*larger is not the tokenizer of"
     ):
         parts(settings)
+
+
+def test_a_model_has_a_row_for_every_id_of_a_tokenizer_with_gaps(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    gapped(tokenizer, 999).save_pretrained(tmp_path / "gapped")
+    given = {"tokenizer": {"address": str(tmp_path / "gapped")}}
+    assert parts(settings_of(tmp_path, ["a", "b"], **given))[2].vocab_size == 1000
+    small = {"model": {"config": {"vocab_size": 999}}}
+    with pytest.raises(SettingsError, match=r"an id 999 .*'z'.*; raise model.config.vocab_size"):
+        parts(settings_of(tmp_path, ["a", "b"], **given, **small))
+    bare = saved(tmp_path / "bare", GPTJForCausalLM, None)
+    with pytest.raises(SettingsError, match=r"an id 999 .*gapped is not the tokenizer of"):
+        parts(settings_of(tmp_path, ["a", "b"], **given, model={"checkpoint": bare}))
 
 
 def test_a_model_from_a_checkpoint_without_padding_runs_in_transformers(

@@ -107,6 +107,46 @@ def test_published_templates_render_as_in_transformers(
     assert refused < 12
 
 
+def added(content: str) -> dict[str, Any]:
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return {"__type": "AddedToken", "content": content, "special": True, **flags}
+
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "none": {},
+    "texts": {"sep_token": "<SEP>", "cls_token": "<CLS>", "mask_token": "<M>", "unk_token": "<U>"},
+    "objects": {"sep_token": added("<SEP>"), "unk_token": added("<U>"), "pad_token": None},
+    "null": {"unk_token": None, "bos_token": None},
+    "listed": {"additional_special_tokens": ["<|user|>", added("<|bot|>")]},
+    "named": {"extra_special_tokens": {"image_token": "<I>", "user_token": "<|user|>"}},
+    "of a model's own": {"image_token": "<I>", "video_token": added("<V>"), "add_a_token": True},
+}
+
+
+@pytest.mark.parametrize("case", SPECIAL)
+def test_templates_have_the_special_tokens_of_transformers(
+    tokenizer: GPTJTokenizer, tmp_path: Path, case: str
+) -> None:
+    """All that the files name, also from the files that we write then."""
+    names = [f"{n}_token" for n in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+    names += ["image_token", "video_token", "user_token", "add_a_token"]
+    names += ["additional_special_tokens", "extra_special_tokens"]
+    source = "|".join(f"{name}={{{{ {name} }}}}" for name in names)
+    tokenizer.save_pretrained(tmp_path / "1")
+    file = tmp_path / "1/tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **SPECIAL[case]}))
+    ours = GPTJTokenizer.from_pretrained(tmp_path / "1")
+    ours.save_pretrained(tmp_path / "2")
+    for folder in ("1", "2"):
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        template = template_of(GPTJTokenizer.from_pretrained(tmp_path / folder), source)
+        assert template is not None
+        assert template.render([USER]) == rendered(theirs, source, [USER])
+        if folder == "1":
+            expected = template.render([USER])
+        assert template.render([USER]) == expected
+
+
 def test_assistant_masks_equal_transformers(tokenizer: GPTJTokenizer, theirs: Any) -> None:
     """Their mask, except for bytes of a last character that tokens share."""
     chat = [USER, {"role": "assistant", "content": "In 東京, at nine."}, USER]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from gapped_tokenizer import gapped
 from safetensors.torch import load_file
 
 from gptj import (
@@ -252,6 +253,10 @@ def test_merging_computes_the_same(
     merge_lora(model)
     close(outputs(model), expected)
     model.save_pretrained(tmp_path / "plain")
+    gapped(tokenizer, 300).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter/manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter: the tokenizer has an id 300 .*'z'"):
+        merge_adapter(str(base), str(tmp_path / "adapter"), str(tmp_path / "beyond"))
 
 
 def test_pefts_adapter_merges_as_peft_merges_it(base: Path, tmp_path: Path) -> None:

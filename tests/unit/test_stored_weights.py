@@ -219,6 +219,51 @@ def test_imports_and_exports_have_one_dtype_and_their_own_head(
     verify(str(tmp_path / "imported"))
 
 
+def scalar(dtype: torch.dtype) -> State:
+    return {HEAD: torch.zeros(2).to(dtype)}
+
+
+NOT_PLAIN: dict[str, tuple[Any, str]] = {
+    "list": ([1, 2], r"it holds \[1, 2\] of type list"),
+    "tensor": (torch.zeros(3), r"it holds a tensor of shape \(3,\)"),
+    "number as a name": ({1: torch.zeros(2)}, "it has the name 1"),
+    "number": ({**scalar(torch.float32), "step": 3}, "step is 3 of type int"),
+    "settings": ({**scalar(torch.float32), "args": {"a": 1}}, "args is {'a': 1} of type dict"),
+    "training": (
+        {"epoch": 1, "state_dict": scalar(torch.float32)},
+        r"training checkpoint, .* remedy: torch\.save\(.*\['state_dict'\], FILE\)",
+    ),
+    "sparse": ({HEAD: torch.eye(3).to_sparse()}, f"{HEAD} is a torch.sparse_coo tensor"),
+    "complex": (scalar(torch.complex64), f"{HEAD} has the dtype torch.complex64, which is not"),
+    "fp8": (scalar(torch.float8_e4m3fn), "(has the dtype torch.float8_e4m3fn|damaged)"),
+    "empty": (b"", "is damaged"),
+    "another pickle": (b"\x80\x02K\x01.", "is damaged"),
+    "text": (b"not a pickle", "is damaged"),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_a_file_that_is_not_a_plain_state_dict_is_refused_by_name(
+    kind: str, zipped: bool, tmp_path: Path
+) -> None:
+    """As it is loaded, and as it is imported."""
+    content, message = NOT_PLAIN[kind]
+    source = tmp_path / "source"
+    save(state_of(), str(source))
+    for name in ("model.safetensors", "manifest.json"):
+        (source / name).unlink()
+    file = source / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin.*{message}"):
+        GPTJForCausalLM.from_pretrained(source)
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin.*{message}"):
+        import_weights(str(source), str(tmp_path / "imported"))
+
+
 def test_exports_of_inconsistent_weights_are_consistent(tmp_path: Path) -> None:
     """Straight from such a folder, without an import."""
     state = state_of(dtype=torch.bfloat16, lm_head=torch.float32)

@@ -401,6 +401,12 @@ def test_ids_with_gaps_between_them_can_be_decoded(tmp_path: Path) -> None:
     assert ours.decode([moved, 999]) == "z"
     with pytest.raises(ValueError, match=f"id {moved} is not in the vocabulary"):
         ours.convert_ids_to_tokens(moved)
+    assert ours.rows_needed == 1000
+    ours.check_rows(1000)
+    with pytest.raises(ValueError, match=r"an id 999 \(for the token 'z'\), .* vocab_size is 999"):
+        ours.check_rows(999)
+    ours.add_tokens("a new one")
+    assert ours.rows_needed == max(ours.get_vocab().values()) + 1
 
 
 def test_a_tokenizer_saves_to_and_loads_from_s3(ours: GPTJTokenizer, s3: LocalS3) -> None:

@@ -31,9 +31,7 @@ def template_of(tokenizer: GPTJTokenizer, source: str | None = None) -> ChatTemp
     source = tokenizer.default_chat_template if source is None else source
     if source is None:
         return None
-    names = ("bos_token", "eos_token", "pad_token")
-    tokens = {name: getattr(tokenizer, name) for name in names}
-    return ChatTemplate(source, {name: text for name, text in tokens.items() if text is not None})
+    return ChatTemplate(source, tokenizer.special_tokens_map)
 
 
 def encode_chat(

@@ -32,6 +32,7 @@ from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"  # of transformers
 TRAINING = "training.json"
 # An adapter's files (gptj.adapters): PEFT's settings, and its base model.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -49,7 +50,7 @@ TOKENIZER_FILES = (
 )
 
 # What is downloaded for a hub id: small files; weights as safetensors or, failing that, pickles.
-SMALL_FILES = (CONFIG, TRAINING, MANIFEST, *TOKENIZER_FILES, *ADAPTER_FILES)
+SMALL_FILES = (CONFIG, GENERATION_CONFIG, TRAINING, MANIFEST, *TOKENIZER_FILES, *ADAPTER_FILES)
 WEIGHTS = (
     ("*.json", "merges.txt", CHAT_TEMPLATE, "*.safetensors"),
     ("*.json", CHAT_TEMPLATE, "adapter_model*.bin"),

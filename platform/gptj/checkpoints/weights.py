@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import pickle
 import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from gptj import storage
 from gptj.checkpoints.manifest import FolderWriter, HashingFile, Manifest, read_verified
 from gptj.checkpoints.mapping import map_range
+from gptj.checkpoints.pickled import state_dict
 from gptj.checkpoints.streaming import Part, merged, stream
 from gptj.checkpoints.tensor_file import DTYPES, Header, StoredTensor, read_header
 from gptj.errors import CheckpointError
@@ -299,18 +300,10 @@ def _memory(size: int) -> mmap.mmap:
 
 
 def _read_pickle(address: str) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with open(address, "rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"  # mmap needs this; PyTorch < 1.6 did not zip
-        state = torch.load(address, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{address} is damaged, or holds objects other than tensors, which could run code: "
-            f"refused"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{address} is damaged: {error}") from error
-    yield from state.items()
+    with open(address, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # mmap needs this; PyTorch < 1.6 did not zip
+    load = partial(torch.load, address, map_location="cpu", weights_only=True, mmap=zipped)
+    yield from state_dict(address, load).items()
 
 
 def _runs(tensors: list[StoredTensor]) -> list[list[StoredTensor]]:

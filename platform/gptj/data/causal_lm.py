@@ -86,7 +86,7 @@ class CausalLMData:
         _check_length(sequence_length)
         self.sequence_length = sequence_length
         self.packing = packing
-        self.vocabulary = len(tokenizer)
+        self.vocabulary = tokenizer.rows_needed
         self._padding = padding_id(tokenizer)
         parts: list[Packed] = []
         examples = 0
@@ -137,7 +137,7 @@ class CausalLMData:
         fields: dict[str, Any] = {
             "sequence_length": sequence_length,
             "packing": packing,
-            "vocabulary": len(tokenizer),
+            "vocabulary": tokenizer.rows_needed,
             "padding": padding_id(tokenizer),
             "cut": 0,
         }

@@ -215,5 +215,10 @@ def tokenizer_digest(tokenizer: GPTJTokenizer) -> str:
 
 
 def template_digest(tokenizer: GPTJTokenizer) -> str:
-    """SHA-256 of its chat template."""
-    return hashlib.sha256((tokenizer.default_chat_template or "").encode()).hexdigest()
+    """SHA-256 of its chat template, and of what only the template uses."""
+    template = tokenizer.default_chat_template or ""
+    digest = hashlib.sha256(template.encode())
+    for name, token in sorted(tokenizer.other_tokens.items()):
+        if name in template:
+            digest.update(f"{name} {token}".encode())
+    return digest.hexdigest()

@@ -79,7 +79,7 @@ def merge_adapter(
             config,
             specs,
             read_all(tensors, specs),
-            tokenizer=_tokenizer(folder) or source.tokenizer,
+            tokenizer=_tokenizer(folder, config) or source.tokenizer,
             training=_training(folder) or source.training,
             shard_bytes=shard_bytes,
         )
@@ -160,10 +160,16 @@ def _with_product(tensor: StoredTensor, a: Tensor, b: Tensor, scaling: float) ->
     return replace(tensor, load=load)
 
 
-def _tokenizer(adapter: ModelFolder) -> GPTJTokenizer | None:
-    """The adapter's own tokenizer, if it has one."""
-    own = any(name in adapter for name in TOKENIZER_FILES)
-    return GPTJTokenizer.from_folder(adapter) if own else None
+def _tokenizer(adapter: ModelFolder, config: GPTJConfig) -> GPTJTokenizer | None:
+    """The adapter's own tokenizer, if it has one. CheckpointError if the model is too small."""
+    if not any(name in adapter for name in TOKENIZER_FILES):
+        return None
+    tokenizer = GPTJTokenizer.from_folder(adapter)
+    try:
+        tokenizer.check_rows(config.vocab_size)
+    except ValueError as error:
+        raise CheckpointError(f"{adapter.address}: {error}") from error
+    return tokenizer
 
 
 def _training(adapter: ModelFolder) -> Mapping[str, Any] | None:

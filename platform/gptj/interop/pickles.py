@@ -9,7 +9,7 @@ copy, and memory holds one tensor.
 from __future__ import annotations
 
 import math
-import pickle
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptj import storage
+from gptj.checkpoints.pickled import state_dict
 from gptj.errors import CheckpointError
 from gptj.interop.tensors import StoredTensor, bytes_of, narrowed
 
@@ -29,7 +30,7 @@ def index_pickle(address: str) -> list[StoredTensor]:
 
     Raises:
         CheckpointError: if the file is damaged, holds more than tensors, or is in the format
-            before PyTorch 1.6 and too large to load.
+            before PyTorch 1.6 and too large to load; see gptj.checkpoints.pickled.
     """
     size = storage.size(address)
     zipped = size >= 4 and storage.read_bytes(address, 0, 4) == b"PK\x03\x04"
@@ -38,30 +39,18 @@ def index_pickle(address: str) -> list[StoredTensor]:
             f"{address} is damaged, or in the format before PyTorch 1.6, which cannot be read "
             f"tensor by tensor; remedy: torch.save(torch.load(FILE, weights_only=True), FILE)"
         )
-    state = _load(address, fake=zipped)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    ):
-        raise CheckpointError(f"{address} is not a plain state dict of tensors by name")
+    state = state_dict(address, partial(_load, address, fake=zipped))
     if zipped:
         return [_stored(name, tensor, address, size) for name, tensor in state.items()]
     return [_held(name, tensor) for name, tensor in state.items()]
 
 
 def _load(address: str, fake: bool) -> Any:
-    try:
-        with storage.open_read(address, buffer_bytes=2**16) as file:
-            if not fake:
-                return torch.load(file, map_location="cpu", weights_only=True)
-            with FakeTensorMode():
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{address} is damaged, or holds objects other than tensors, which could run code: "
-            f"refused"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{address} is damaged: {error}") from error
+    with storage.open_read(address, buffer_bytes=2**16) as file:
+        if not fake:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        with FakeTensorMode():
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _stored(name: str, fake: Tensor, address: str, size: int) -> StoredTensor:

@@ -168,9 +168,8 @@ def _tokenizer(
         )
         return None
     tokenizer = GPTJTokenizer.from_pretrained(address or place.address)
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer of {address or place.address} has {len(tokenizer)} entries, but the "
-            f"model's embedding has {config.vocab_size} rows"
-        )
+    try:
+        tokenizer.check_rows(config.vocab_size)
+    except ValueError as error:
+        raise CheckpointError(f"{address or place.address}: {error}") from error
     return tokenizer

@@ -345,7 +345,7 @@ class GPTJPreTrainedModel(nn.Module):
 
         Existing rows are kept, and a tied head stays tied. Rows without a tokenizer entry, as the
         published model has, can be used for new tokens: a model needs no resizing until
-        `len(tokenizer)` exceeds `config.vocab_size`.
+        `tokenizer.rows_needed` exceeds `config.vocab_size`.
 
         Args:
             new_num_tokens: new number of rows; None: unchanged.

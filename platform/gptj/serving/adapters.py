@@ -20,19 +20,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown
 from typing import TypeVar
 
 from gptj import storage
 from gptj.adapters.base import Base
 from gptj.adapters.stored import read_adapter, read_config
 from gptj.chat import ChatTemplate, template_of
-from gptj.chat.sources import decoded
-from gptj.checkpoints.folder import ADAPTER_CONFIG, CHAT_TEMPLATE, TOKENIZER_FILES, ModelFolder
+from gptj.checkpoints.folder import ADAPTER_CONFIG, ModelFolder
 from gptj.config import GPTJConfig
 from gptj.engine.adapter_slots import Adapter, AdapterSlots, SlotsInUseError
 from gptj.engine.adapter_weights import lora_weights
 from gptj.engine.runners.lora import LoRAWeights
-from gptj.errors import CheckpointError
+from gptj.errors import CheckpointError, NoTokenizerError
 from gptj.serving.errors import (
     SCOPE,
     APIError,
@@ -43,6 +43,7 @@ from gptj.serving.errors import (
 )
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
+from gptj.tokenizer.files import TokenizerSettings
 
 CHECK_SECONDS = 10.0  # between checks for changes of a folder that is in use
 # How long a request waits for a check before using the version in memory, and for loading: reads
@@ -53,6 +54,7 @@ LOADS_AT_ONCE = 2
 MAX_PENDING = 32  # names that are being looked up or loaded
 MAX_KNOWN = 1024  # names with a folder, loaded or not; and as many without one
 MAX_TRIES = 3  # to hold an adapter that others push out
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 # Of a folder below the root. No part begins with a dot, so that no name leads out of it.
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"(?=.{{1,200}}\Z){_PART}(?:/{_PART})*")
@@ -362,20 +364,46 @@ class Adapters:
             return lora_weights(stored, self._config, self._slots.limits.max_lora_rank), template
 
     def _template(self, folder: ModelFolder) -> ChatTemplate | None:
-        """Raises CheckpointError for a tokenizer that is not the base model's."""
-        if not any(name in folder for name in TOKENIZER_FILES if name != CHAT_TEMPLATE):
-            if CHAT_TEMPLATE not in folder:
-                return None
-            place = storage.join(folder.address, CHAT_TEMPLATE)
-            return template_of(self._tokenizer, decoded(folder.read(CHAT_TEMPLATE), place))
-        tokenizer = GPTJTokenizer.from_folder(folder)
-        if len(tokenizer) != len(self._tokenizer):
-            raise CheckpointError(
-                f"{folder.address} has a tokenizer with {len(tokenizer)} entries, but its base "
-                f"model's has {len(self._tokenizer)}: adapters with additional tokens are not "
-                f"supported"
-            )
-        return template_of(tokenizer, None)
+        """An adapter's own chat template, from its own files only.
+
+        The base that they name is an address chosen by whoever wrote them: it is never opened.
+
+        Raises:
+            CheckpointError: for a token that the base model's tokenizer does not have.
+            ValueError, ChatTemplateError: for a file that cannot be read as what it is.
+        """
+        if any(name in folder for name in VOCABULARY_FILES):
+            try:
+                tokenizer = GPTJTokenizer.own(folder)
+            except NoTokenizerError as error:  # files are missing, which is no fault of storage
+                raise CheckpointError(str(error)) from error
+            self._check_entries(folder.address, tokenizer.get_vocab())
+            return template_of(tokenizer)
+        settings = TokenizerSettings.read(folder)
+        self._check_entries(folder.address, settings.entries)
+        source = settings.chat_template
+        if isinstance(source, dict):
+            source = source.get("default")
+        if source is None:
+            return None
+        tokens = {**self._tokenizer.special_tokens_map, **settings.special_tokens}
+        return ChatTemplate(source, tokens)
+
+    def _check_entries(self, address: str, entries: Mapping[str, int | None]) -> None:
+        known = self._tokenizer.get_vocab()
+        for token, number in entries.items():
+            found = known.get(token)
+            if found is None:
+                raise CheckpointError(
+                    f"{address} adds the token {shown(token)} to its base model's: adapters with "
+                    f"additional tokens are not supported; remedy: merge it into its base: "
+                    f"jobs/merge_adapter.py"
+                )
+            if number not in (None, found):
+                raise CheckpointError(
+                    f"{address} has a tokenizer that is not its base model's: its id of "
+                    f"{shown(token)} is {number}, not {found}"
+                )
 
     def _address(self, name: str) -> str | None:
         """A name's folder; None if the name is not valid below the root."""

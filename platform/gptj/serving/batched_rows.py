@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from gptj.engine.backends import IntQuantization
+from gptj.engine.request import check_ids
 from gptj.engine.row_models import best_row_model, default_max_tokens
 from gptj.pretrained import GPTJPreTrainedModel
+from gptj.serving.errors import InvalidRequestError
 from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.results import results_of
 from gptj.workers.batcher import Batcher, BatchTimes
@@ -55,6 +58,7 @@ class BatchedRows(Generic[Result]):
         last_only: bool,
     ) -> None:
         self._head = head
+        self._vocab_size = model.config.vocab_size
         self._last_only = last_only
         self._recorder = recorder or NoRecorder()
         limit = batching.max_num_batched_tokens or default_max_tokens(
@@ -83,8 +87,14 @@ class BatchedRows(Generic[Result]):
     async def results(self, rows: Sequence[list[int]]) -> list[Result]:
         """One for each row. Cancelling the call withdraws waiting rows.
 
-        Raises QueueFullError, ClosedError or ModelError.
+        Raises InvalidRequestError for an id that the model does not have, QueueFullError,
+        ClosedError or ModelError.
         """
+        # It would fail the other rows of its batch as well.
+        try:
+            check_ids("inputs", chain.from_iterable(rows), self._vocab_size)
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from error
         return await results_of(self._batcher.submit(rows))
 
     def alive(self, within_seconds: float) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
@@ -16,6 +16,8 @@ from gptj.serialization.json_object import parse_object
 from gptj.tokenizer.bpe import END_OF_TEXT, add_tokens, byte_level_bpe, make_special
 from gptj.tokenizer.inputs import Side
 
+# A list or, in a newer format, tokens by their names.
+EXTRA_SPECIAL = "extra_special_tokens"
 SPECIAL_NAMES = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 
 
@@ -24,9 +26,7 @@ class TokenizerFiles:
     """A tokenizer and its settings, as read from a folder."""
 
     tokenizer: Tokenizer
-    bos_token: str | None
-    eos_token: str | None
-    pad_token: str | None
+    special_tokens: dict[str, str]  # by name: eos_token and the like
     model_max_length: int | None
     padding_side: Side
     chat_template: str | dict[str, str] | None
@@ -35,26 +35,80 @@ class TokenizerFiles:
     def read(cls, opened: ModelFolder) -> TokenizerFiles:
         """NoTokenizerError if there is none, ValueError if a file cannot be parsed."""
         folder, files = opened.address, opened.read_tokenizer()
-        special_map = _json_object(folder, files, "special_tokens_map.json")
-        settings = {**special_map, **_json_object(folder, files, "tokenizer_config.json")}
+        settings = _settings(folder, files)
         tokenizer = _read_vocabulary(folder, files, bool(settings.get("add_prefix_space", False)))
         known = tokenizer.get_vocab(with_added_tokens=True)
         default = END_OF_TEXT if END_OF_TEXT in known else None
         for name in ("bos_token", "eos_token", "unk_token"):
             settings.setdefault(name, default)
         try:
-            make_special(tokenizer, _special_tokens(settings) & set(known))
+            named = _named_tokens(settings)
+            make_special(tokenizer, {*named.values(), *_unnamed_tokens(settings)} & set(known))
             return cls(
                 tokenizer,
-                bos_token=_token_text(settings["bos_token"]),
-                eos_token=_token_text(settings["eos_token"]),
-                pad_token=_token_text(settings.get("pad_token")),
+                special_tokens=named,
                 model_max_length=_longest(settings.get("model_max_length")),
                 padding_side=_side(settings.get("padding_side", "right")),
                 chat_template=_chat_template(settings.get("chat_template"), files),
             )
         except ValueError as error:
             raise _unreadable(folder, "tokenizer_config.json", error) from error
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What a folder says about a tokenizer that is elsewhere: its files without a vocabulary."""
+
+    special_tokens: dict[str, str]  # by name
+    # Tokens that the vocabulary needs, with their ids where the files have them.
+    entries: dict[str, int | None]
+    chat_template: str | dict[str, str] | None
+
+    @classmethod
+    def read(cls, opened: ModelFolder) -> TokenizerSettings:
+        """ValueError if a file cannot be parsed."""
+        folder, files = opened.address, opened.read_tokenizer()
+        settings = _settings(folder, files)
+        added = _json_object(folder, files, "added_tokens.json")
+        try:
+            named = _named_tokens(settings)
+            # Nothing is padded with the pad token where the tokenizer is used.
+            needed = {text for name, text in named.items() if text and name != "pad_token"}
+            entries: dict[str, int | None] = dict.fromkeys(
+                sorted(needed | _unnamed_tokens(settings))
+            )
+            entries |= _added_entries((number, token) for token, number in added.items())
+            entries |= _added_entries(_decoder(settings).items())
+            template = _chat_template(settings.get("chat_template"), files)
+        except ValueError as error:
+            raise _unreadable(folder, "tokenizer_config.json", error) from error
+        return cls(named, entries, template)
+
+
+def _decoder(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Added tokens by their ids, as texts."""
+    found = settings.get("added_tokens_decoder") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"added_tokens_decoder must map ids to tokens, got {shown(found)}")
+    return found
+
+
+def _added_entries(tokens: Iterable[tuple[Any, Any]]) -> dict[str, int]:
+    """Ids by token, from pairs of an id, perhaps as text, and a token."""
+    entries = {}
+    for number, token in tokens:
+        if type(number) is not int and not (isinstance(number, str) and number.isdecimal()):
+            raise ValueError(
+                f"the id of {shown(token)} must be a whole number, got {shown(number)}"
+            )
+        if (text := _token_text(token)) is not None:
+            entries[text] = int(number)
+    return entries
+
+
+def _settings(folder: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+    special_map = _json_object(folder, files, "special_tokens_map.json")
+    return {**special_map, **_json_object(folder, files, "tokenizer_config.json")}
 
 
 def _read_vocabulary(folder: str, files: Mapping[str, bytes], prefix_space: bool) -> Tokenizer:
@@ -82,13 +136,29 @@ def _read_vocabulary(folder: str, files: Mapping[str, bytes], prefix_space: bool
     return tokenizer
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> set[str]:
-    """The special tokens named in a tokenizer's configuration."""
-    several = ("additional_special_tokens", "extra_special_tokens")
-    values = [settings[name] for name in SPECIAL_NAMES if name in settings]
-    for name in several:
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that have names in a tokenizer's configuration, by name.
+
+    As in transformers, a model may name more than SPECIAL_NAMES, such as image_token.
+    """
+    values = {name: settings.get(name) for name in SPECIAL_NAMES}
+    for name, value in settings.items():
+        if name.endswith("_token") and isinstance(value, str | dict):
+            values[name] = value
+    extra = settings.get(EXTRA_SPECIAL)
+    if isinstance(extra, dict):
+        values |= extra
+    return {
+        name: text for name, value in values.items() if (text := _token_text(value)) is not None
+    }
+
+
+def _unnamed_tokens(settings: Mapping[str, Any]) -> set[str]:
+    """The special tokens that a configuration lists without names."""
+    values: list[Any] = []
+    for name in ("additional_special_tokens", EXTRA_SPECIAL):
         found = settings.get(name) or []
-        if not isinstance(found, list | dict):  # a newer format maps names to tokens
+        if not isinstance(found, list | dict):
             raise ValueError(f"{name} must be a list of tokens, got {shown(found)}")
         values += found.values() if isinstance(found, dict) else found
     return {text for value in values if (text := _token_text(value)) is not None}
@@ -125,7 +195,10 @@ def _token_text(token: Any) -> str | None:
 def _chat_template(setting: Any, files: Mapping[str, bytes]) -> str | dict[str, str] | None:
     """The template from its file, else from the settings: a string, or several by name."""
     if CHAT_TEMPLATE in files:
-        return files[CHAT_TEMPLATE].decode()
+        try:
+            return files[CHAT_TEMPLATE].decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{CHAT_TEMPLATE} is not UTF-8: {error}") from error
     if setting is None or isinstance(setting, str):
         return setting
     try:

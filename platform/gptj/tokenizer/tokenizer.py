@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import islice
 from operator import index as whole_number
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +48,9 @@ from gptj.tokenizer.rows import Encoded, Window, as_arrays, cut, truncate_pair
 
 Ids = int | np.integer[Any] | Sequence[int] | torch.Tensor | np.ndarray[Any, Any]
 
+# Those that we use ourselves; others are for chat templates.
+MAIN_TOKENS = ("bos_token", "eos_token", "pad_token")
+
 
 class GPTJTokenizer:
     """A byte-level BPE tokenizer with the special tokens of a model.
@@ -54,6 +58,8 @@ class GPTJTokenizer:
     Args:
         tokenizer: the vocabulary, merges and added tokens; its truncation and padding are disabled.
         bos_token, eos_token, pad_token: entries of the vocabulary, or None.
+        other_tokens: further special tokens by name, such as sep_token, for chat templates;
+            default: unk_token is eos_token.
         model_max_length: the model's longest input, in tokens; None if unknown.
         padding_side: the default side of padding.
         chat_template: Jinja for gptj.chat, or several by name; None: no template.
@@ -72,6 +78,7 @@ class GPTJTokenizer:
         model_max_length: int | None = None,
         padding_side: Side = "right",
         chat_template: str | dict[str, str] | None = None,
+        other_tokens: Mapping[str, str] | None = None,
     ) -> None:
         check_byte_level(tokenizer)
         self._tokenizer = tokenizer
@@ -83,6 +90,9 @@ class GPTJTokenizer:
         self.model_max_length = model_max_length
         self.padding_side: Side = padding_side
         self.chat_template = chat_template
+        if other_tokens is None:
+            other_tokens = {} if eos_token is None else {"unk_token": eos_token}
+        self.other_tokens = dict(other_tokens)
 
     @classmethod
     def from_pretrained(
@@ -127,18 +137,24 @@ class GPTJTokenizer:
     def from_folder(cls, folder: ModelFolder) -> GPTJTokenizer:
         """The tokenizer of an open folder; see `from_pretrained`."""
         try:
-            found = TokenizerFiles.read(folder)
+            return cls.own(folder)
         except NoTokenizerError:
             if not folder.is_adapter:
                 raise
             base = Base.of(folder)
             return cls.from_pretrained(base.address, revision=base.revision)
+
+    @classmethod
+    def own(cls, folder: ModelFolder) -> GPTJTokenizer:
+        """The tokenizer in an open folder, without looking elsewhere; see `from_pretrained`."""
+        found = TokenizerFiles.read(folder)
+        tokens = {name: found.special_tokens.get(name) for name in MAIN_TOKENS}
+        others = found.special_tokens.items() - tokens.items()
         try:
             return cls(
                 found.tokenizer,
-                bos_token=found.bos_token,
-                eos_token=found.eos_token,
-                pad_token=found.pad_token,
+                **tokens,
+                other_tokens=dict(sorted(others)),
                 model_max_length=found.model_max_length,
                 padding_side=found.padding_side,
                 chat_template=found.chat_template,
@@ -195,16 +211,15 @@ class GPTJTokenizer:
 
     def files(self) -> dict[str, bytes]:
         """The files' content, as `from_pretrained`, ours and Hugging Face's, reads them."""
-        settings = {
+        settings: dict[str, Any] = {
             "tokenizer_class": "GPT2Tokenizer",
             # Hugging Face's class reads this, not tokenizer.json's.
             "add_prefix_space": getattr(self._tokenizer.pre_tokenizer, "add_prefix_space", False),
             "clean_up_tokenization_spaces": False,
             "padding_side": self.padding_side,
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-            "unk_token": self.eos_token,
-            "pad_token": self.pad_token,
+            **{name: getattr(self, name) for name in MAIN_TOKENS},
+            "unk_token": None,
+            **self.other_tokens,
         }
         if self.model_max_length is not None:
             settings["model_max_length"] = self.model_max_length
@@ -226,6 +241,30 @@ class GPTJTokenizer:
     def vocab_size(self) -> int:
         """Number of entries without added tokens, as in Hugging Face."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
+
+    @property
+    def rows_needed(self) -> int:
+        """One more than the largest id, as a model's embedding needs a row for each.
+
+        More than `len(tokenizer)` if there are gaps between the ids.
+        """
+        return max(self._known_ids, default=-1) + 1
+
+    def check_rows(self, rows: int) -> None:
+        """ValueError, with an id and its token, if an embedding of `rows` rows is too small."""
+        if self.rows_needed > rows:
+            number = self.rows_needed - 1
+            raise ValueError(
+                f"the tokenizer has an id {number} (for the token "
+                f"{shown(self._tokenizer.id_to_token(number))}), but the model's vocab_size is "
+                f"{rows}: ids must be below it"
+            )
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The special tokens that have names, by name, as in Hugging Face."""
+        tokens = {name: getattr(self, name) for name in MAIN_TOKENS}
+        return {**{n: each for n, each in tokens.items() if each is not None}, **self.other_tokens}
 
     @property
     def bos_token_id(self) -> int | None:
@@ -402,7 +441,7 @@ class GPTJTokenizer:
         """Add tokens that are never split; returns how many are new as such.
 
         Existing vocabulary entries keep their ids. The model needs a row for each new id: call
-        `model.resize_token_embeddings(len(tokenizer))`, unless it already has enough.
+        `model.resize_token_embeddings(tokenizer.rows_needed)`, unless it already has enough.
 
         Args:
             special_tokens: omit them where special tokens are skipped.
@@ -425,7 +464,7 @@ class GPTJTokenizer:
         Returns the same as `add_tokens`.
         """
         for name in special_tokens:
-            if name not in ("bos_token", "eos_token", "pad_token"):
+            if name not in MAIN_TOKENS:
                 raise ValueError(
                     f"{name} is not one of bos_token, eos_token and pad_token; remedy: "
                     f"add_tokens([…], special_tokens=True)"

@@ -45,22 +45,21 @@ def make_config(
             config.pad_token_id = tokenizer.pad_token_id  # the tokenizer pads the inputs
     else:
         tokens = {
-            "vocab_size": len(tokenizer),
+            "vocab_size": tokenizer.rows_needed,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
         config = GPTJConfig(**{**tokens, **new_config(settings), **head})
-    if config.vocab_size < len(tokenizer):
-        raise SettingsError(
-            f"the model has vocab_size={config.vocab_size} and the tokenizer {len(tokenizer)} "
-            f"entries: "
-            + (
+    try:
+        tokenizer.check_rows(config.vocab_size)
+    except ValueError as error:
+        remedy = "raise model.config.vocab_size"
+        if checkpoint:
+            remedy = (
                 f"{settings.tokenizer.address or checkpoint} is not the tokenizer of {checkpoint}"
-                if checkpoint
-                else "raise model.config.vocab_size"
             )
-        )
+        raise SettingsError(f"{error}; {remedy}") from error
     if config.n_positions < settings.data.sequence_length:
         raise SettingsError(
             f"data.sequence_length={settings.data.sequence_length} is beyond the model's "

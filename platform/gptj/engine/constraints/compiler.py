@@ -267,7 +267,8 @@ class GrammarCompiler:
         """First called on the quick lane's thread."""
         if self._ready is not None:
             return self._ready
-        rows = max(self._rows, len(self._tokenizer), *(each + 1 for each in self._eos_ids), 0)
+        ends = (each + 1 for each in self._eos_ids)
+        rows = max(self._rows, self._tokenizer.rows_needed, *ends)
         # Without eos, use an id beyond the model's: outputs end only with their grammar.
         eos_ids = list(self._eos_ids) or [rows]
         rows = max(rows, *(each + 1 for each in eos_ids))

@@ -164,7 +164,7 @@ class PromptResolver:
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         try:
-            check_ids(name, ids, len(self._tokenizer))
+            check_ids(name, ids, self._tokenizer.rows_needed)
         except ValueError as error:
             raise InvalidRequestError(str(error), param=name) from error
 

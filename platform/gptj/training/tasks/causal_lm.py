@@ -74,8 +74,8 @@ def unigram_perplexity(train: CausalLMData, evaluation: CausalLMData) -> float:
     """
     if train.vocabulary != evaluation.vocabulary:
         raise ValueError(
-            f"both need one tokenizer, got vocabularies of {train.vocabulary} and "
-            f"{evaluation.vocabulary} entries"
+            f"both need one tokenizer, got ids below {train.vocabulary} and "
+            f"below {evaluation.vocabulary}"
         )
     counts = np.bincount(train.tokens, minlength=train.vocabulary) + 1.0
     losses = -np.log(counts / counts.sum())
