@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
@@ -30,6 +29,7 @@ from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.reply_threads import in_reply_thread
 from gptj.serving.requests import RequestModel, bounds, examples
+from gptj.serving.text_threads import in_text_thread
 from gptj.tokenizer import GPTJTokenizer
 
 MAX_INPUTS = 2048  # OpenAI's
@@ -131,7 +131,7 @@ class EmbeddingsService:
         """
         self._check(request)
         # Long texts take a while: not on the event loop.
-        rows = await asyncio.to_thread(self._encode, request)
+        rows = await in_text_thread(sum(map(len, request.input)), self._encode, request)
         tokens = sum(map(len, rows))
         await reserve_tokens(tokens)
         vectors = await self._rows.results(rows)

@@ -30,6 +30,7 @@ RESERVED = frozenset(
     {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"}
     | {"chat_template", "tokenize", "stop", *new_environment().globals}
 )
+PER_PART = 64  # characters that take as long to tokenize as a message's part to render
 MAX_VARIABLES = 32
 MAX_VARIABLE_CHARACTERS = 2**14  # of their JSON
 
@@ -89,6 +90,13 @@ class ChatMessage(RequestModel):
     tool_calls: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
     tool_call_id: Annotated[str | None, bounds(maxLength=0)] = None
     function_call: Annotated[Any, bounds(**ONLY_NULL)] = None
+
+    @property
+    def size(self) -> int:
+        """In characters, and at least PER_PART a part."""
+        content = self.content or ""
+        parts = [content] if isinstance(content, str) else [each.get("text") for each in content]
+        return PER_PART * len(parts) + sum(len(each) for each in parts if isinstance(each, str))
 
     def check(self, place: str) -> None:
         """Raises InvalidRequestError for what this model cannot do; `place` names the message."""
@@ -162,6 +170,11 @@ class TemplateFields(RequestModel):
             raise InvalidRequestError(
                 str(error), param="messages", code="chat_template_error"
             ) from error
+
+
+def rendering_size(template: ChatTemplate, messages: Sequence[ChatMessage]) -> int:
+    """About how many characters a chat has as a prompt: see text_threads."""
+    return sum(message.size for message in messages)
 
 
 def for_template(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
