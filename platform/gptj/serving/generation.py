@@ -31,7 +31,7 @@ from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.pages import playground
 from gptj.serving.reply_threads import in_reply_thread
-from gptj.serving.text_threads import in_text_thread
+from gptj.serving.text_threads import in_template_thread, in_text_thread
 from gptj.serving.tokenize import (
     DetokenizeReply,
     DetokenizeRequest,
@@ -197,10 +197,10 @@ def generation_app(
         else:
             async with adapter_of(request.model) as adapter:
                 template = chats.template_of(adapter)
-        characters = tokenizing_size(request, template)
         # Serialized there: FastAPI would do it on the event loop.
-        content = await in_text_thread(
-            characters, tokenize, tokenizer, request, card.max_model_len, template
+        content = await in_template_thread(
+            lambda: tokenizing_size(request, template),
+            *(tokenize, tokenizer, request, card.max_model_len, template),
         )
         return Response(content, media_type="application/json")
 

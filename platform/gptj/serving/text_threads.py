@@ -1,7 +1,8 @@
 """Threads that tokenize requests' texts and render their chat templates.
 
-Long texts have threads of their own, so that short ones do not wait for them, and a bound on how
-many may wait. The tokenizer's library holds no lock of Python's while it encodes.
+Long texts, and templates that take long, have threads of their own, so that short ones do not wait
+for them, and a bound on how many may wait. The tokenizer's library holds no lock of Python's while
+it encodes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from gptj.chat import SlowTemplateError
 from gptj.serving.errors import SCOPE, OverloadedError
 
 SHORT_THREADS = 4
@@ -23,6 +25,18 @@ MAX_WAITING = 2**23  # characters of long texts that wait for a thread: 8 s of a
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+_of_thread = threading.local()
+
+
+def _mark_short() -> None:
+    _of_thread.is_short = True
+
+
+def in_short_thread() -> bool:
+    """Whether this is a thread for short texts, whose work must end soon."""
+    return getattr(_of_thread, "is_short", False)
 
 
 class TextThreads:
@@ -36,8 +50,8 @@ class TextThreads:
         self._max_waiting = max_waiting
         self._waiting = 0  # characters
         self._lock = threading.Lock()
-        self._short = ThreadPoolExecutor(SHORT_THREADS, thread_name_prefix="short text")
-        self._long = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="long text")
+        self._short = ThreadPoolExecutor(SHORT_THREADS, "short text", _mark_short)
+        self._long = ThreadPoolExecutor(LONG_THREADS, "long text")
 
     async def run(
         self, characters: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -84,3 +98,17 @@ class TextThreads:
 
 _threads = TextThreads()  # of this process
 in_text_thread = _threads.run
+
+
+async def in_template_thread(
+    characters: Callable[[], int], function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Like in_text_thread, for a function that may render a chat template.
+
+    One that turns out to be slow begins again on a thread for long texts, and the next chats begin
+    there: `characters` is then above LONG.
+    """
+    try:
+        return await in_text_thread(characters(), function, *args, **kwargs)
+    except SlowTemplateError:
+        return await in_text_thread(characters(), function, *args, **kwargs)

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from gptj.chat import ChatTemplate, ChatTemplateError
+from gptj.chat import ChatTemplate, ChatTemplateError, SlowTemplateError
 from gptj.chat.environment import new_environment
+from gptj.chat.limits import MAX_SECONDS
+from gptj.chat.template import QUICK_SECONDS
 from gptj.serving.completions.generation_request import invalid
 from gptj.serving.errors import InvalidRequestError
 from gptj.serving.requests import (
@@ -20,6 +22,7 @@ from gptj.serving.requests import (
     examples,
     given_fields,
 )
+from gptj.serving.text_threads import LONG, in_short_thread
 
 Content = str | list[dict[str, Any]]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -157,24 +160,34 @@ class TemplateFields(RequestModel):
             )
 
     def rendered(self, template: ChatTemplate, messages: Sequence[ChatMessage]) -> str:
-        """Checked messages as a prompt. Raises InvalidRequestError if the template rejects them."""
+        """Checked messages as a prompt; run in a thread for `rendering_size`.
+
+        Raises InvalidRequestError if the template rejects them, and SlowTemplateError if its thread
+        is one for short texts and it takes long: from then on it has a size for another thread.
+        """
         begins = self.add_generation_prompt
+        is_short = in_short_thread()
         try:
             return template.render(
                 for_template(template, messages),
                 add_generation_prompt=not self.continue_final_message if begins is None else begins,
                 continue_final_message=self.continue_final_message,
                 variables=self.chat_template_kwargs,
+                seconds=QUICK_SECONDS if is_short else MAX_SECONDS,
             )
         except ChatTemplateError as error:
+            if isinstance(error, SlowTemplateError) and is_short:
+                template.is_slow = True
+                raise
             raise InvalidRequestError(
                 str(error), param="messages", code="chat_template_error"
             ) from error
 
 
 def rendering_size(template: ChatTemplate, messages: Sequence[ChatMessage]) -> int:
-    """About how many characters a chat has as a prompt: see text_threads."""
-    return sum(message.size for message in messages)
+    """About how many characters a chat has as a prompt, or takes as long as: see text_threads."""
+    size = sum(message.size for message in messages)
+    return LONG + size if template.is_slow else size
 
 
 def for_template(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

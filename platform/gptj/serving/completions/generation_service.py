@@ -38,7 +38,7 @@ from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.keys.account import current_account, reserve_tokens
 from gptj.serving.metrics import Recorder
 from gptj.serving.reply_threads import in_reply_thread
-from gptj.serving.text_threads import in_text_thread
+from gptj.serving.text_threads import in_template_thread
 from gptj.tokenizer import GPTJTokenizer
 
 Request = TypeVar("Request", bound=GenerationRequest)
@@ -306,8 +306,9 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         if self._resolves_at_once(request):
             prompts = self._resolved(request, grammar)
         else:  # a long text takes a while: not on the event loop
-            characters = self._characters(request)
-            prompts = await in_text_thread(characters, self._resolved, request, grammar)
+            prompts = await in_template_thread(
+                lambda: self._characters(request), self._resolved, request, grammar
+            )
         await reserve_tokens(sum(prompt.most_tokens(request) for prompt in prompts))
         return prompts
 
