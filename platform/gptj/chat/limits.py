@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,8 +27,8 @@ PER_ITEM = 8  # characters that an item of a list counts, besides its own
 MAX_KNOWN = 10_000  # containers whose size is remembered
 
 _TEXTS = (str, bytes)
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
-_CONTAINERS: tuple[type, ...] = (list, tuple, dict, set, frozenset, *_VIEWS)
+_VIEWS: tuple[type[Collection[Any]], ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[type[Collection[Any]], ...] = (list, tuple, dict, set, frozenset, *_VIEWS)
 _active = threading.local()
 
 

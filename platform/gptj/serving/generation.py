@@ -200,7 +200,11 @@ def generation_app(
         # Serialized there: FastAPI would do it on the event loop.
         content = await in_template_thread(
             lambda: tokenizing_size(request, template),
-            *(tokenize, tokenizer, request, card.max_model_len, template),
+            tokenize,
+            tokenizer,
+            request,
+            card.max_model_len,
+            template,
         )
         return Response(content, media_type="application/json")
 
