@@ -28,13 +28,18 @@ from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.reply_threads import in_reply_thread
-from gptj.serving.requests import RequestModel, bounds, examples
+from gptj.serving.requests import MAX_IDS, RequestModel, bounds, examples
 from gptj.serving.text_threads import in_text_thread
 from gptj.tokenizer import GPTJTokenizer
 
 MAX_INPUTS = 2048  # OpenAI's
 TEXT = {"type": "string", "minLength": 1}
-IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+IDS = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0},
+    "minItems": 1,
+    "maxItems": MAX_IDS,
+}
 
 # How a text's hidden states become one vector. weighted_mean weights the n-th token by n, since
 # later tokens have seen more of the text (Muennighoff, "SGPT", 2022,

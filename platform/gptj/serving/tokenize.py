@@ -10,7 +10,15 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from gptj.chat import ChatTemplate
 from gptj.serving.chat.messages import ChatMessage, TemplateFields, rendering_size
 from gptj.serving.errors import InvalidRequestError
-from gptj.serving.requests import FailFastList, RequestModel, bounds, checked_text, examples
+from gptj.serving.requests import (
+    MAX_IDS,
+    MAX_MESSAGES,
+    FailFastList,
+    RequestModel,
+    bounds,
+    checked_text,
+    examples,
+)
 from gptj.tokenizer import GPTJTokenizer
 
 
@@ -25,7 +33,9 @@ class TokenizeRequest(TemplateFields):
     )
 
     prompt: str | None = None
-    messages: Annotated[FailFastList[ChatMessage] | None, bounds(minItems=1)] = None
+    messages: Annotated[
+        FailFastList[ChatMessage] | None, bounds(minItems=1, maxItems=MAX_MESSAGES)
+    ] = None
     model: str | None = None
     add_special_tokens: bool = True  # no effect: GPT-J's tokenizer adds none
     return_token_strs: bool = False
@@ -57,7 +67,9 @@ class TokenizeReply(BaseModel):
 class DetokenizeRequest(RequestModel):
     model_config = ConfigDict(json_schema_extra=examples({"tokens": [818, 257]}))
 
-    tokens: Annotated[FailFastList[int], bounds(items={"type": "integer", "minimum": 0})]
+    tokens: Annotated[
+        FailFastList[int], bounds(items={"type": "integer", "minimum": 0}, maxItems=MAX_IDS)
+    ]
     model: str | None = None
 
 

@@ -15,6 +15,7 @@ from gptj.chat.template import QUICK_SECONDS
 from gptj.serving.completions.generation_request import invalid
 from gptj.serving.errors import InvalidRequestError
 from gptj.serving.requests import (
+    MAX_MESSAGES,
     ONLY_NULL,
     RequestModel,
     bounds,
@@ -71,7 +72,12 @@ _PART = {
     "required": ["type", "text"],
     "additionalProperties": ONLY_NULL,
 }
-_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}]}
+_CONTENT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": _PART, "minItems": 1, "maxItems": MAX_MESSAGES},
+    ]
+}
 
 
 def _requiring_content(schema: dict[str, Any]) -> None:
@@ -89,7 +95,7 @@ class ChatMessage(RequestModel):
     name: Annotated[str | None, PlainValidator(as_name), WithJsonSchema({"type": "string"})] = None
     # As in OpenAI's replies, and ours; ignored.
     refusal: str | None = None
-    annotations: list[Any] = Field(default_factory=list)
+    annotations: Annotated[list[Any], bounds(maxItems=MAX_MESSAGES)] = Field(default_factory=list)
     tool_calls: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
     tool_call_id: Annotated[str | None, bounds(maxLength=0)] = None
     function_call: Annotated[Any, bounds(**ONLY_NULL)] = None
