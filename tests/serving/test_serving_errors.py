@@ -503,7 +503,7 @@ def test_a_list_of_wrong_items_is_one_error(service: str, route: str, body: dict
 
 
 Place = tuple[str | int, ...]
-BODIES: dict[str, type[RequestModel]] = {
+MODELS: dict[str, type[RequestModel]] = {
     COMPLETIONS: CompletionRequest,
     CHATS: ChatRequest,
     "/tokenize": TokenizeRequest,
@@ -544,7 +544,7 @@ def _item(whole: dict[str, Any], schema: Any) -> Any:
 def test_lists_are_counted_before_their_items_are_looked_at(service: str) -> None:
     """Every list of every body has a limit in the document; further, wrong, items are not seen."""
     tried = set()
-    for route, model in BODIES.items():
+    for route, model in MODELS.items():
         whole = model.model_json_schema(by_alias=True)
         for place, schema in _arrays(whole, whole, ()):
             assert "maxItems" in schema, (route, place)

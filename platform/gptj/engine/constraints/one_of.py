@@ -72,10 +72,10 @@ class _Rewriting:
         ours, theirs = _constants(first), _constants(second)
         if ours is not None and theirs is not None and ours.isdisjoint(theirs):
             return True
-        ours, theirs = _types(first), _types(second)
-        if ours is not None and theirs is not None and ours.isdisjoint(theirs):
+        types, others = _types(first), _types(second)
+        if types is not None and others is not None and types.isdisjoint(others):
             return True
-        return ours == theirs == {"object"} and any(
+        return types == others == {"object"} and any(
             self._exclude(one, other) for one, other in _shared_properties(first, second)
         )
 
@@ -100,12 +100,12 @@ def _shared_properties(
     first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> Iterator[tuple[Any, Any]]:
     """The schemas of properties of both objects that one of them requires."""
-    both = [each.get("properties") for each in (first, second)]
+    ours, theirs = first.get("properties"), second.get("properties")
     required = [each.get("required", ()) for each in (first, second)]
-    if all(isinstance(each, Mapping) for each in both):
-        for name in both[0].keys() & both[1].keys():
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for name in ours.keys() & theirs.keys():
             if any(isinstance(names, list) and name in names for names in required):
-                yield both[0][name], both[1][name]
+                yield ours[name], theirs[name]
 
 
 def _constants(schema: Mapping[str, Any]) -> set[tuple[str, Any]] | None:
@@ -116,7 +116,7 @@ def _constants(schema: Mapping[str, Any]) -> set[tuple[str, Any]] | None:
     return {(_TYPES[type(each)], each) for each in values}
 
 
-def _types(schema: Mapping[str, Any]) -> set[Any] | None:
+def _types(schema: Mapping[str, Any]) -> set[str] | None:
     """The only types that a schema may allow; None: not known."""
     given = schema.get("type")
     constants = _constants(schema)
