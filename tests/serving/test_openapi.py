@@ -40,7 +40,7 @@ REASONS = re.compile(
     r"|chat template rejects|set the same limit"
     r"|exceed the limit of \d+ outputs|num_beams|outputs .* wait|token id|not in the vocabulary"
     r"|min_tokens must be in \[0, max_tokens|stop may have|must be in \[\d+, \d+\], got"
-    r"|cannot be shortened|may have \d+ (texts|logprobs)"
+    r"|cannot be shortened|may have \d+ (texts|logprobs|items)"
     r"|chat_template_kwargs"
     r"|response_format|structured_outputs|could not be constrained|bad_words must not have"
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from pathlib import Path
@@ -50,6 +51,28 @@ def streamed(service: str, **fields: Any) -> list[dict[str, Any]]:
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_an_endless_template_is_refused_while_others_are_answered(models: Models) -> None:
+    """More of them than there are threads, for chats and for /tokenize."""
+    with served_with_adapters(models, template=ENDLESS) as service:
+
+        async def check() -> None:
+            async with httpx.AsyncClient(base_url=service, timeout=120) as client:
+                paths = [*[CHATS] * 7, "/tokenize"]
+                body = {"messages": [USER]}
+                chats = [asyncio.ensure_future(client.post(path, json=body)) for path in paths]
+                prompt = {"prompt": "a river " * 100, "max_tokens": 1}  # tokenized in a thread
+                reply = await client.post(COMPLETIONS, json=prompt)
+                assert reply.status_code == 200 and not all(chat.done() for chat in chats)
+                for each in await asyncio.gather(*chats):
+                    assert_error(each, 400, "takes more than 2 s of CPU time")
+                    assert each.json()["error"]["code"] == "chat_template_error"
+
+        asyncio.run(check())
 
 
 def test_a_reply_is_the_completion_of_the_rendered_messages(

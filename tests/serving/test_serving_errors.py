@@ -122,7 +122,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (COMPLETIONS, {"prompt": LONG}, 400, f"context is {CONTEXT} tokens, but "),
     (COMPLETIONS, {"prompt": LONG * 50}, 400, "requested: at least "),
     (COMPLETIONS, {"prompt": [5] * 2000, "max_tokens": 49}, 400, "2049 are requested: 2000 of"),
-    (COMPLETIONS, {"prompt": ["x"] * 129}, 400, "129 prompts"),
+    (COMPLETIONS, {"prompt": ["x"] * 129}, 400, "prompt may have 128 items, got 129"),
     (COMPLETIONS, {"n": 129}, 400, "129 outputs"),
     (COMPLETIONS, {"n": 10**30}, 400, "outputs"),
     (COMPLETIONS, {"n": 0}, 400, "n must be 1 or more, got 0"),
@@ -159,7 +159,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
         "does not work with prompt_logprobs",
     ),
     (COMPLETIONS, {"bad_words": [" "]}, 400, "bad_words must not have an empty"),
-    (COMPLETIONS, {"bad_words": ["a"] * 300}, 400, "bad_words may have 256 words"),
+    (COMPLETIONS, {"bad_words": ["a"] * 300}, 400, "bad_words may have 256 items, got 300"),
     (COMPLETIONS, {"bad_words": "a"}, 422, "list"),
     (COMPLETIONS, {"allowed_token_ids": []}, 400, "allowed_token_ids may have 1 to 4096"),
     (COMPLETIONS, {"allowed_token_ids": [10**6]}, 400, "1000000 is not a token id"),
@@ -519,11 +519,11 @@ def test_many_unknown_fields_are_one_error(service: str, route: str) -> None:
 @pytest.mark.parametrize(
     ("route", "body"),
     [
-        (CHATS, {"messages": [{}] * 100_000}),
-        (COMPLETIONS, {"prompt": "x", "stop_token_ids": [""] * 100_000}),
-        (COMPLETIONS, {"prompt": [""] * 100 + [0.5] * 100_000}),
+        (CHATS, {"messages": [{}] * 4_000}),
+        (COMPLETIONS, {"prompt": "x", "stop_token_ids": [""] * 1_000}),
+        (COMPLETIONS, {"prompt": [0] * 100 + [0.5] * 10_000}),
         (EMBEDDINGS, {"input": [None] * 100_000}),
-        (CLASSIFICATION, {"inputs": [None] * 100_000}),
+        (CLASSIFICATION, {"inputs": [None] * 200}),
         (ANSWERS, {"inputs": [{}] * 100_000}),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -532,3 +532,64 @@ def test_a_list_of_wrong_items_is_one_error(service: str, route: str, body: dict
     reply = httpx.post(service + route, json=body, timeout=30)
     assert_error(reply, 422, "")
     assert "more" not in reply.json()["error"]["message"]
+
+
+Place = tuple[str | int, ...]
+MODELS: dict[str, type[RequestModel]] = {
+    COMPLETIONS: CompletionRequest,
+    CHATS: ChatRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    CLASSIFICATION: ClassificationRequest,
+    EMBEDDINGS: EmbeddingsRequest,
+    ANSWERS: QuestionAnsweringRequest,
+}
+
+
+def _arrays(whole: dict[str, Any], schema: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    """The places of a body that may be lists, and the lists' schemas."""
+    if "$ref" in schema:
+        schema = whole["$defs"][schema["$ref"].rpartition("/")[2]]
+    for each in schema.get("anyOf", ()):
+        shared = {name: schema[name] for name in ("items", "maxItems") if name in schema}
+        yield from _arrays(whole, {**each, **shared}, place)
+    if schema.get("type") == "array":
+        yield place, schema
+        yield from _arrays(whole, schema.get("items", {}), (*place, 0))
+    for name, each in schema.get("properties", {}).items():
+        yield from _arrays(whole, each, (*place, name))
+
+
+def _item(whole: dict[str, Any], schema: Any) -> Any:
+    """An item that a schema allows."""
+    if "$ref" in schema:
+        schema = whole["$defs"][schema["$ref"].rpartition("/")[2]]
+    if "anyOf" in schema:
+        return _item(whole, schema["anyOf"][0])
+    if "const" in schema or "examples" in schema:
+        return schema.get("const", schema.get("examples", [None])[0])
+    if schema.get("type") == "object":
+        return {name: _item(whole, schema["properties"][name]) for name in schema["required"]}
+    return {"string": "text", "integer": 1, "array": [1]}.get(schema.get("type"), "text")
+
+
+def test_lists_are_counted_before_their_items_are_looked_at(service: str) -> None:
+    """Every list of every body has a limit in the document; further, wrong, items are not seen."""
+    tried = set()
+    for route, model in MODELS.items():
+        whole = model.model_json_schema(by_alias=True)
+        for place, schema in _arrays(whole, whole, ()):
+            assert "maxItems" in schema, (route, place)
+            most = schema["maxItems"]
+            if most == 0:
+                continue
+            value: Any = [_item(whole, schema["items"]), *[None] * most]
+            field = next(each for each in reversed(place) if isinstance(each, str))
+            for index in reversed(range(1, len(place))):
+                value = [value] if place[index] == 0 else {place[index]: value}
+            if route in (CHATS, "/tokenize") and place[0] == "messages" and len(place) > 1:
+                value[0] = {"role": "user", "content": "x", **value[0]}
+            reply = httpx.post(service + route, json={place[0]: value}, timeout=30)
+            assert_error(reply, 400, f"{field} may have {most} items, got {most + 1}")
+            tried.add((route, place))
+    assert len(tried) > 15

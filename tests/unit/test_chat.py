@@ -19,6 +19,7 @@ from gptj.chat import (
     READY,
     ChatTemplate,
     ChatTemplateError,
+    SlowTemplateError,
     encode_chat,
     read_template,
     template_of,
@@ -271,6 +272,8 @@ def test_templates_that_only_take_content_parts_are_detected() -> None:
         "{{ messages[0].content + 1 }}",
         "{{ raise_exception('refused') }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ cycler() }}",
+        "{{ lipsum() }}",
     ],
 )
 def test_forbidden_template_operations_are_errors(source: str) -> None:
@@ -278,11 +281,124 @@ def test_forbidden_template_operations_are_errors(source: str) -> None:
         ChatTemplate(source).render([USER])
 
 
+GROWING = (
+    "{{% set ns = namespace(x='a'*9) %}}{{% for i in range(60) %}}{}{{% endfor %}}{{{{ ns.x }}}}"
+)
+LARGE = [
+    "{{ 'aaaaaaaaaa' * 1000000000 }}",
+    "{{ 1000000000 * [1] }}",
+    "{{ 'x' * 3000000 ~ 'x' * 3000000 }}",
+    "{{ 9 ** (9 ** 9) }}",
+    "{{ ('9' * 4000) | int * 9 }}",
+    "{{ ('f' * 4000000) | int(base=16) }}",
+    "{{ (1).to_bytes(1000000000, 'big') }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%*d' % (1000000000, 1) }}",
+    "{{ '%1000000000d' | format(1) }}",
+    "{{ ('%(a)s' * 100000) | format(a='x' * 1000000) }}",
+    "{{ '{:1000000000}'.format(1) }}",
+    "{{ '{:{w}}'.format(1, w=1000000000) }}",
+    "{{ ('{0}' * 100000).format('x' * 1000000) }}",
+    "{{ 'x'.ljust(1000000000) }}",
+    "{{ ('\t' * 4000000).expandtabs(100000) }}",
+    "{{ ('a' * 4000000).replace('a', 'b' * 4000000) }}",
+    "{{ ('a' * 4000000).translate({97: 'b' * 4000000}) }}",
+    "{{ ('a' * 4000000).join(['b', 'b', 'b']) }}",
+    "{{ ''.join(range(100000) | map(attribute='x', default='a' * 4000000)) }}",
+    "{{ ('a' * 4000000) | replace('a', 'b' * 4000000) }}",
+    "{{ ('a' * 4000000) | join('b' * 4000000) }}",
+    "{{ range(100000) | map(attribute='x', default='a' * 4000000) | join }}",
+    "{{ 'x' | center(1000000000) }}",
+    "{{ 'x' | indent(1000000000) }}",
+    "{{ ('x\n' * 100000) | indent('y' * 4000) }}",
+    "{{ messages | tojson(indent=1000000000) }}",
+    "{{ 1.5 | round(1000000000, 'ceil') }}",
+    "{{ [1] | slice(1000000000) | list }}",
+    "{{ [1] | batch(1000000000, 'x') | list }}",
+    "{{ ('a ' * 1000000) | wordwrap(1) }}",
+    "{{ ([[1]] * 60000) | sum(start=[]) }}",
+    "{% filter center(1000000000) %}x{% endfilter %}",
+    GROWING.format("{% set ns.x = ns.x + ns.x %}"),
+    GROWING.format("{% set ns.x = ns.x ~ ns.x %}"),
+    GROWING.format("{% set ns.x = [ns.x, ns.x] %}"),
+    GROWING.format("{% set ns.x = (ns.x, ns.x) %}"),
+    GROWING.format("{% set ns.x = {'a': ns.x, 'b': ns.x} %}"),
+    GROWING.format("{% set ns.x = dict(a=ns.x, b=ns.x) %}"),
+    GROWING.format("{% set ns.x = [ns.x, ns.x] | join %}"),
+    GROWING.format("{% set ns.x = ns.x.replace('a', 'aa') %}"),
+    GROWING.format("{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}"),
+    GROWING.format("{% macro f() %}{% set ns.x = varargs %}{% endmacro %}{{ f(ns.x, ns.x) }}"),
+    "{% for i in range(99999) %}" + "{{ 'x' * 99 }}" + "{% endfor %}",
+    "{% for i in range(999) %}{% set x = 'x' * 4000000 ~ i %}{% endfor %}",
+]
+ENDLESS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "{% for x in [1, 1] recursive %}{% if loop.depth < 99 %}{{ loop([1, 1]) }}{% endif %}"
+    "{% endfor %}",
+    "{% for a in range(99999) %}{{ range(99999) | map('upper') | list | length }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("source", LARGE)
+def test_templates_cannot_fill_the_memory(source: str) -> None:
+    with pytest.raises(ChatTemplateError, match=r"does too much: it (makes|gives|has) .* than \d+"):
+        ChatTemplate(source).render([USER])
+
+
+@pytest.mark.parametrize("source", ENDLESS)
+def test_templates_cannot_keep_a_thread(source: str) -> None:
+    with pytest.raises(SlowTemplateError, match=r"does too much: it takes more than 0.1 s"):
+        ChatTemplate(source).render([USER], seconds=0.1)
+
+
+def test_a_template_is_not_evaluated_while_it_is_read() -> None:
+    """Jinja computes constants when it compiles, and the stop strings are read then too."""
+    for source in ("{{ 'a' * 1000000000 }}", "{{ 'x' | center(1000000000) }}"):
+        ChatTemplate(source)
+    assert ChatTemplate("{% set stop = ['x' | center(1000000000)] %}").stop == ()
+    assert ChatTemplate("{% set stop = ['a' * 1000000000] %}").stop == ()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '{:>5}|{!r}|{a[b]}'.format(1, 'x', a={'b': 3}) }}{{ '%5s' % 3 }}{{ '%s' | format(1) }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 2 ** 3 %}"
+        "{{ loop.index }}/{{ loop.length }}{{ loop.last }}{% endfor %}{{ ns.n }}",
+        "{{ messages | tojson(indent=2) }}{{ [1, 'a', none] | tojson(separators=(',', ':')) }}",
+        "{{ messages | map(attribute='role') | join(', ') }}{{ [1, 2] | join('-') }}",
+        "{% set a, b = 1, (2,) %}{{ a ~ b ~ [3] ~ {'k': 4} }}{{ 'x\ny' | indent(4, true) }}",
+        "{% macro m(x) %}<{{ x }}{{ caller() }}>{% endmacro %}{% call m('a') %}b{% endcall %}",
+        "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}",
+        "{% autoescape true %}{{ '<' ~ '>' }}{{ ['<'] | join('&') }}{% endautoescape %}",
+        "{{ 'x' | center(5) }}{{ 'a b' | wordwrap(1) }}{{ 'a-a' | replace('a', 'bb', 1) }}",
+        "{{ [[1], [2]] | sum(start=[]) }}{{ [1, 2, 3] | batch(2) | list }}"
+        "{{ ','.join(messages | map(attribute='role')) }}",
+        "{{ 'abc'[1:] }}{{ 'a,b'.split(',') }}{{ 7 // 2 }}{{ 7 % 4 }}{{ -2 ** 2 }}{{ 'ab' * 2 }}",
+    ],
+)
+def test_operations_within_the_limits_equal_transformers(source: str) -> None:
+    chat = [USER, ASSISTANT]
+    (theirs,), _ = render_jinja_template([chat], chat_template=source)
+    assert ChatTemplate(source).render(chat) == theirs
+
+
+def test_a_text_with_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(ChatTemplateError, match="lone surrogate at character 1"):
+        ChatTemplate(r"{{ 'a\ud800' }}").render([USER])
+
+
 def test_an_invalid_jinja_template_is_refused_with_its_line() -> None:
     with pytest.raises(ChatTemplateError, match=r"not valid Jinja.*line 2"):
         ChatTemplate("\n{% for %}")
     with pytest.raises(ChatTemplateError, match="not valid Jinja"):
         ChatTemplate("{{ " + "(" * 5000)
+    with pytest.raises(ChatTemplateError, match="not valid Jinja"):  # of Python's own limits
+        ChatTemplate("{% for x in [1] %}" * 30 + "{% endfor %}" * 30)
+    with pytest.raises(ChatTemplateError, match="not valid Jinja"):
+        ChatTemplate("{{ " + "9" * 5000 + " }}")
 
 
 def test_templates_come_from_names_and_files(tmp_path: Path) -> None:

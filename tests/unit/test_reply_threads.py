@@ -26,7 +26,7 @@ def test_long_replies_leave_the_other_threads_alone() -> None:
         await asyncio.sleep(0)
         assert await asyncio.wait_for(asyncio.to_thread(name.get), 30) == "ours"
         assert await asyncio.wait_for(in_reply_thread(LONG, name.get), 30) == "ours"  # a short one
-        threads = [each for each in threading.enumerate() if each.name.startswith("reply")]
+        threads = [each for each in threading.enumerate() if each.name.startswith("long reply")]
         assert len(threads) == MAX_THREADS
         proceed.set()
         assert await asyncio.gather(*replies) == [(number, "ours") for number in range(50)]

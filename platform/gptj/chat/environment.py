@@ -2,34 +2,49 @@
 
 As in transformers' `apply_chat_template`: blocks are trimmed, `{% break %}` and `{% continue %}`
 work, and templates can use `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML,
-and `{% generation %}` around the assistant's text.
+and `{% generation %}` around the assistant's text. Within limits (limits.py), and without `lipsum`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from functools import wraps
 from typing import Any, NoReturn
 
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, LoopControlExtension
+from jinja2.filters import FILTERS, make_attrgetter
+from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.runtime import Context, markup_join, str_join
+from jinja2.sandbox import (
+    ImmutableSandboxedEnvironment,
+    SandboxedEscapeFormatter,
+    SandboxedFormatter,
+)
+from jinja2.utils import Namespace, pass_eval_context
+from markupsafe import Markup
+
+from gptj.chat.limits import budget
 
 # Variables around each `{% generation %}` block, which print nothing unless set.
 BLOCK_START, BLOCK_END = "_generation_start", "_generation_end"
 
 
-def new_environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def new_environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[GenerationBlocks, LoopControlExtension],
+        optimized=False,  # do not compute constants while compiling
     )
-    environment.filters["tojson"] = _to_json
+    filters = {**FILTERS, "tojson": _to_json, "join": _join}
+    environment.filters = {name: _limited(name, each) for name, each in filters.items()}
+    del environment.globals["lipsum"]
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
@@ -38,6 +53,179 @@ def new_environment() -> ImmutableSandboxedEnvironment:
         "namespace": _PlainNamespace,
     }
     return environment
+
+
+class LimitedCode(CodeGenerator):
+    """Generates code that keeps a rendering's budget."""
+
+    def blockvisit(self, nodes: Iterable[nodes.Node], frame: Frame) -> None:
+        self.writeline("environment.check()")
+        super().blockvisit(nodes, frame)
+
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self._made(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self._made(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        if node.ctx == "load":
+            self._made(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.joined(context, (")
+        for each in node.nodes:
+            self.visit(each, frame)
+            self.write(", ")
+        self.write("))")
+
+    def _made(self, visit: Callable[[Any, Frame], None], node: nodes.Node, frame: Frame) -> None:
+        self.write("environment.made(")
+        visit(node, frame)
+        self.write(")")
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible  # it is not computed while compiling
+        return super()._output_child_to_const(node, frame, finalize)
+
+
+class LimitedEnvironment(ImmutableSandboxedEnvironment):
+    """A sandbox whose operations keep to the budget of the rendering: see limits.py."""
+
+    code_generator_class = LimitedCode
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def check(self) -> None:
+        budget().check()
+
+    def made(self, value: Any) -> Any:
+        return budget().made(value)
+
+    def joined(self, context: Context, values: Sequence[Any]) -> Any:
+        """The result of the operator ~."""
+        limits = budget()
+        limits.bounded(sum(map(limits.size, values)))
+        return limits.made((markup_join if context.eval_ctx.autoescape else str_join)(values))
+
+    def concat(self, texts: Iterable[str]) -> str:
+        """A block's output, of its parts."""
+        limits, parts = budget(), list(texts)
+        limits.bounded(sum(map(len, parts)))
+        text: str = limits.made("".join(parts))
+        return text
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            budget().check_repeat(left, right)
+        elif operator == "**":
+            budget().check_power(left, right)
+        elif operator == "%":
+            budget().check_printf(left, right)
+        return self.made(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        limits = budget()
+        limits.check()
+        args = limits.checked_arguments(__obj, args, kwargs)
+        limits.bounded(limits.size(args) + limits.size(kwargs))  # a macro sees them as containers
+        return limits.made(super().call(__context, __obj, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        text: str = value.__self__
+        escape = text.escape if isinstance(text, Markup) else None
+        formatter = (
+            _LimitedFormatter(self)
+            if escape is None
+            else _LimitedEscapeFormatter(self, escape=escape)
+        )
+
+        @wraps(value)
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            if value.__name__ == "format_map":
+                if kwargs or len(args) != 1:
+                    raise TypeError("format_map() takes one argument")
+                return type(text)(formatter.vformat(text, (), args[0]))
+            return type(text)(formatter.vformat(text, args, kwargs))
+
+        return formatted
+
+
+class _FieldLimit:
+    """Limits the fields of a `str.format`, whose specifications may have fields too."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        budget().bounded(budget().size(value) + budget().widths(format_spec))
+        text: str = super().format_field(value, format_spec)  # type: ignore[misc]
+        budget().made(text)
+        return text
+
+
+class _LimitedFormatter(_FieldLimit, SandboxedFormatter): ...
+
+
+class _LimitedEscapeFormatter(_FieldLimit, SandboxedEscapeFormatter): ...
+
+
+# What filters' arguments are checked for; those of the others can only make linear work.
+_SLOW = frozenset(["pprint", "striptags", "title", "urlize", "wordcount", "wordwrap", "xmlattr"])
+_NUMBERED = frozenset(["batch", "center", "indent", "round", "slice", "tojson", "wordwrap"])
+
+
+def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter within the limits."""
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # after a context or environment
+
+    @wraps(function)
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        limits = budget()
+        given = args[first:]
+        settings = [*given[1:], *kwargs.values()]
+        if name in _SLOW:
+            limits.check_slow(given[0])
+        if name in _NUMBERED:
+            for each in settings:
+                limits.check_items(each)
+        if name == "format":
+            limits.check_printf(given[0], kwargs or given[1:])
+        elif name == "replace" and len(settings) > 1:
+            limits.check_replace(str(given[0]), str(settings[0]), str(settings[1]))
+        elif name in ("indent", "tojson", "urlize", "wordwrap"):
+            _check_added(given[0], settings)
+        elif name == "sum" and any(isinstance(each, list | tuple) for each in settings):
+            limits.check_slow(given[0])  # adds them one by one, each time to a new list
+        return limits.made(function(*args, **kwargs))
+
+    return limited
+
+
+def _check_added(value: Any, settings: Sequence[Any]) -> None:
+    """For filters that may add a text, or some blanks, to each line or item of a value."""
+    limits = budget()
+    longest = max(
+        (each if isinstance(each, int) else limits.size(each) for each in settings), default=0
+    )
+    if longest > 256:
+        lines = value.count("\n") + 1 if isinstance(value, str) else limits.size(value)
+        limits.bounded(limits.size(value) + lines * longest)
+
+
+@pass_eval_context
+def _join(context: EvalContext, value: Any, d: str = "", attribute: str | int | None = None) -> str:
+    """Jinja's filter, which stops at the limit."""
+    if attribute is not None:
+        value = map(make_attrgetter(context.environment, attribute), value)
+    items, size = [], 0
+    for each in value:
+        items.append(each)
+        size = budget().bounded(size + budget().size(each) + len(str(d)))
+    joined: str = FILTERS["join"](context, items, d)
+    return joined
 
 
 class GenerationBlocks(Extension):
@@ -68,13 +256,16 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if indent is None:
+        return encoder.encode(value)
+    parts, size = [], 0  # one by one: each line is indented by its depth
+    for part in encoder.iterencode(value):
+        parts.append(part)
+        size = budget().bounded(size + len(part))
+    return "".join(parts)
 
 
 class _PlainDict:
@@ -96,6 +287,9 @@ class _PlainNamespace(Namespace):
         for name in attributes:
             _check_attribute(name)
         Namespace.__init__(self, attributes)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"  # its values may have it among them many times over
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_attribute(name)

@@ -18,7 +18,8 @@ from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError
 
 from gptj.chat.environment import BLOCK_END, BLOCK_START, new_environment
-from gptj.chat.errors import ChatTemplateError
+from gptj.chat.errors import ChatTemplateError, SlowTemplateError
+from gptj.chat.limits import MAX_SECONDS, LimitError, TimeLimitError, limited
 
 Message = Mapping[str, Any]  # role, content, and any other fields that a template uses
 
@@ -28,16 +29,23 @@ STOP = "stop"
 # Marks the end of a message to continue; trimming it drops the blank, as in transformers.
 _OPEN_END = "\ue000CONTINUED\ue000 "
 
+QUICK_SECONDS = 0.25  # of CPU time; usual chats take milliseconds
+
 # Errors that a template's code can raise; anything else is our bug.
 _FAILURES = (
     TemplateError,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
-    RecursionError,
+    RuntimeError,
     TypeError,
     ValueError,
 )
+
+
+# And that its source can, in Jinja or in Python, to which Jinja translates it.
+_INVALID = (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -61,22 +69,23 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         self.source = source
+        self.is_slow = False  # whether a short chat has taken more than QUICK_SECONDS
         self._special_tokens = dict(special_tokens or {})
         environment = new_environment()
         try:
             self._tree = environment.parse(source)
             code = environment.compile(self._tree)
-        except (TemplateError, RecursionError) as error:
+        except _INVALID as error:
             line = getattr(error, "lineno", None)
             where = "" if line is None else f", line {line}"
             raise ChatTemplateError(
                 f"the chat template is not valid Jinja: {error}{where}"
             ) from error
         self._template = Template.from_code(environment, code, dict(environment.globals))
+        # Strings that end a reply, from the template's `{% set stop = […] %}` if it has one.
+        self.stop = self._stop()
 
-    @cached_property
-    def stop(self) -> tuple[str, ...]:
-        """Strings that end a reply, from the template's `{% set stop = […] %}` if it has one."""
+    def _stop(self) -> tuple[str, ...]:
         for node in self._tree.body:
             if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
                 if node.target.name == STOP:
@@ -105,6 +114,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        seconds: float = MAX_SECONDS,
     ) -> str:
         """The text of a chat.
 
@@ -113,13 +123,18 @@ class ChatTemplate:
             add_generation_prompt: end with the beginning of the assistant's reply.
             continue_final_message: end with the last message's content, so that it goes on.
             variables: of the template, besides messages and special tokens.
+            seconds: most CPU time.
 
         Raises:
-            ChatTemplateError: if the template rejects the messages, or fails on them.
+            SlowTemplateError: if it takes more time.
+            ChatTemplateError: if the template rejects the messages, fails on them, or exceeds
+                another limit.
         """
         if continue_final_message:
             *before, last = messages
-            text = self.render([*before, _with_open_end(last)], variables=variables)
+            text = self.render(
+                [*before, _with_open_end(last)], variables=variables, seconds=seconds
+            )
             end = text.rfind(_OPEN_END.strip())
             if end < 0:
                 raise ChatTemplateError("the chat template omits the message to be continued")
@@ -134,7 +149,23 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template.render(given)
+            with limited(seconds) as budget:
+                parts, size = [], 0
+                for part in self._template.generate(given):
+                    parts.append(part)
+                    size = budget.bounded(size + len(part))
+            text = "".join(parts)
+            text.encode()
+            return text
+        except TimeLimitError as error:
+            raise SlowTemplateError(f"the chat template does too much: {error}") from error
+        except LimitError as error:
+            raise ChatTemplateError(f"the chat template does too much: {error}") from error
+        except UnicodeEncodeError as error:
+            raise ChatTemplateError(
+                f"the chat template's text has a lone surrogate at character {error.start}, which "
+                f"is not valid Unicode"
+            ) from error
         except _FAILURES as error:
             reason = str(error) or type(error).__name__
             raise ChatTemplateError(f"the chat template rejects the messages: {reason}") from error
@@ -167,7 +198,8 @@ class ChatTemplate:
 
     def _shows(self, content: Any, text: str) -> bool:
         try:
-            return text in self.render([{"role": "user", "content": content}])
+            messages = [{"role": "user", "content": content}]
+            return text in self.render(messages, seconds=QUICK_SECONDS)
         except ChatTemplateError:
             return False
 
@@ -188,7 +220,8 @@ def _without_nulls(message: Message) -> dict[str, Any]:
 
 def _strings(node: nodes.Node) -> tuple[str, ...]:
     try:
-        value = node.as_const() if isinstance(node, nodes.Expr) else None
+        with limited():
+            value = node.as_const() if isinstance(node, nodes.Expr) else None
     except nodes.Impossible:
         return ()  # not a constant
     if isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value):

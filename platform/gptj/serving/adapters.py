@@ -42,6 +42,7 @@ from gptj.serving.errors import (
     UnavailableError,
 )
 from gptj.serving.metrics import Recorder
+from gptj.serving.results import shared_result
 from gptj.tokenizer import GPTJTokenizer
 from gptj.tokenizer.files import TokenizerSettings
 
@@ -419,7 +420,7 @@ class Adapters:
 async def _result(name: str, future: Future[Found], seconds: float) -> Found:
     """The result of a shared future. UnavailableError if it takes more than `seconds`."""
     try:
-        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), seconds)
+        return await asyncio.wait_for(shared_result(future), seconds)
     except TimeoutError:
         raise UnavailableError(
             f"the adapter {name!r} could not be read in {seconds:g} s: try again later"

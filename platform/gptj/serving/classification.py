@@ -8,7 +8,6 @@ An input may also be a pair of texts, `{"text": "It rains", "text_pair": "The gr
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -36,6 +35,7 @@ from gptj.serving.requests import (
     examples,
     given_fields,
 )
+from gptj.serving.text_threads import in_text_thread
 from gptj.tokenizer import GPTJTokenizer
 
 MAX_INPUTS = 256
@@ -59,6 +59,10 @@ Function = Literal["softmax", "sigmoid", "none"]
 class Input:
     text: str
     text_pair: str | None = None  # appended to the text without a separator
+
+    @property
+    def characters(self) -> int:
+        return len(self.text) + len(self.text_pair or "")
 
 
 def as_inputs(value: Any) -> list[Input]:
@@ -152,7 +156,12 @@ class ClassificationService:
                 param="inputs",
             )
         # Long texts take a while: not on the event loop.
-        ids = await asyncio.to_thread(self._encode, request.inputs, request.parameters.truncation)
+        ids = await in_text_thread(
+            sum(each.characters for each in request.inputs),
+            self._encode,
+            request.inputs,
+            request.parameters.truncation,
+        )
         await reserve_tokens(sum(map(len, ids)))
         logits = await self._rows.results(ids)
         function = request.parameters.function_to_apply or self._function()

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
@@ -29,12 +28,18 @@ from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.reply_threads import in_reply_thread
-from gptj.serving.requests import RequestModel, bounds, examples
+from gptj.serving.requests import MAX_IDS, RequestModel, bounds, examples
+from gptj.serving.text_threads import in_text_thread
 from gptj.tokenizer import GPTJTokenizer
 
 MAX_INPUTS = 2048  # OpenAI's
 TEXT = {"type": "string", "minLength": 1}
-IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+IDS = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0},
+    "minItems": 1,
+    "maxItems": MAX_IDS,
+}
 
 # How a text's hidden states become one vector. weighted_mean weights the n-th token by n, since
 # later tokens have seen more of the text (Muennighoff, "SGPT", 2022,
@@ -131,7 +136,7 @@ class EmbeddingsService:
         """
         self._check(request)
         # Long texts take a while: not on the event loop.
-        rows = await asyncio.to_thread(self._encode, request)
+        rows = await in_text_thread(sum(map(len, request.input)), self._encode, request)
         tokens = sum(map(len, rows))
         await reserve_tokens(tokens)
         vectors = await self._rows.results(rows)

@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from gptj.serialization.json_object import to_json
 
-# Header of a 429 that names what is full, if not the whole service: `key`, `grammars` or
-# `adapters`.
+# Header of a 429 that names what is full, if not the whole service: `key`, `request`, `grammars`,
+# `adapters` or `texts`.
 SCOPE = "x-ratelimit-scope"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -32,6 +31,7 @@ from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.pages import playground
 from gptj.serving.reply_threads import in_reply_thread
+from gptj.serving.text_threads import in_template_thread, in_text_thread
 from gptj.serving.tokenize import (
     DetokenizeReply,
     DetokenizeRequest,
@@ -40,6 +40,7 @@ from gptj.serving.tokenize import (
     detokenize,
     tokenize,
     tokenizer_info,
+    tokenizing_size,
 )
 from gptj.tokenizer import GPTJTokenizer
 
@@ -186,8 +187,8 @@ def generation_app(
             raise unknown_model(name)
         return card_of(await adapters.describe(name))
 
-    @app.post("/tokenize", response_model_exclude_none=True, responses=errors(404, 429, 503))
-    async def tokenize_text(request: TokenizeRequest) -> TokenizeReply:
+    @app.post("/tokenize", response_model=TokenizeReply, responses=errors(404, 429, 503))
+    async def tokenize_text(request: TokenizeRequest) -> Response:
         """A text, or a chat's prompt, as token ids."""
         request.check()
         template = None
@@ -196,17 +197,27 @@ def generation_app(
         else:
             async with adapter_of(request.model) as adapter:
                 template = chats.template_of(adapter)
-        return await asyncio.to_thread(tokenize, tokenizer, request, card.max_model_len, template)
+        # Serialized there: FastAPI would do it on the event loop.
+        content = await in_template_thread(
+            lambda: tokenizing_size(request, template),
+            tokenize,
+            tokenizer,
+            request,
+            card.max_model_len,
+            template,
+        )
+        return Response(content, media_type="application/json")
 
-    @app.post("/detokenize", responses=errors(404))
-    async def detokenize_ids(request: DetokenizeRequest) -> DetokenizeReply:
+    @app.post("/detokenize", response_model=DetokenizeReply, responses=errors(404, 429))
+    async def detokenize_ids(request: DetokenizeRequest) -> Response:
         """Token ids as a text."""
         check_name(request.model)
-        return await asyncio.to_thread(detokenize, tokenizer, request)
+        content = await in_text_thread(len(request.tokens), detokenize, tokenizer, request)
+        return Response(content, media_type="application/json")
 
     @app.get("/tokenizer_info")
     async def info() -> dict[str, Any]:
         """The tokenizer's configuration, with its sizes."""
-        return await asyncio.to_thread(tokenizer_info, tokenizer, card.max_model_len)
+        return await in_text_thread(0, tokenizer_info, tokenizer, card.max_model_len)
 
     return app

@@ -66,7 +66,7 @@ HEADERS = {
     429: {
         "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."},
         SCOPE: {
-            "schema": {"enum": ["key", "request", "adapters", "grammars"]},
+            "schema": {"enum": ["key", "request", "adapters", "grammars", "texts"]},
             "description": "What is full, if not the whole service.",
         },
     },

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -25,7 +24,9 @@ from gptj.serving.keys.account import reserve_tokens
 from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
+from gptj.serving.reply_threads import in_reply_thread
 from gptj.serving.requests import RequestModel, bounds, checked_text, examples
+from gptj.serving.text_threads import in_text_thread
 from gptj.tokenizer import GPTJTokenizer
 
 MAX_WINDOWS = 256  # of one request
@@ -116,10 +117,13 @@ class QuestionAnsweringService:
         Raises InvalidRequestError, QueueFullError, ClosedError or ModelError.
         """
         # Long texts take a while: not on the event loop.
-        parts = await asyncio.to_thread(self._windows, request)
+        inputs = request.inputs
+        characters = len(inputs.question) + len(inputs.context)
+        parts = await in_text_thread(characters, self._windows, request)
         await reserve_tokens(sum(len(part.input_ids) for part in parts))
         logits = await self._rows.results([part.input_ids for part in parts])
-        answers = await asyncio.to_thread(_answers, request, parts, logits)
+        numbers = sum(start.numel() + end.numel() for start, end in logits)
+        answers = await in_reply_thread(numbers, _answers, request, parts, logits)
         return answers if request.parameters.top_k > 1 else answers[0]
 
     def alive(self, within_seconds: float) -> bool:

@@ -8,7 +8,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from gptj.serving.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +40,8 @@ class _FailFast(FailFast):
 FailFastList = Annotated[list[Item], _FailFast()]
 
 MAX_FIELDS = 256  # of a body, or of a model in one
+MAX_IDS = 2**16  # token ids of a text; contexts have a few thousand
+MAX_MESSAGES = 4096  # and most parts of one
 MAX_BITS = 1024  # of integers: a float's range; Python cannot print more than 4,300 digits
 
 
@@ -35,8 +49,48 @@ ONLY_NULL = {"type": "null"}  # the only allowed value of unknown fields
 
 
 def bounds(**schema: Any) -> Any:
-    """Document a field's bounds in the schema; `check` and the engine enforce them."""
+    """Document a field's bounds in the schema; `check` and the engine enforce them.
+
+    `maxItems` is enforced here, before any item is validated.
+    """
     return Field(json_schema_extra=schema)
+
+
+def check_count(name: str, value: Any, schema: Mapping[str, Any]) -> None:
+    """InvalidRequestError if a list has more items than its schema's `maxItems`.
+
+    In a schema with alternatives, that of the lists with such items as the first is meant. A field
+    that takes no items at all says so itself.
+    """
+    if not isinstance(value, list) or not value:
+        return
+    for each in schema.get("anyOf", [schema]):
+        items, most = each.get("items", {}), each.get("maxItems")
+        if not most or not _may_be(value[0], items):
+            continue
+        if len(value) > most:
+            raise InvalidRequestError(f"{name} may have {most} items, got {len(value)}", param=name)
+        if items.get("type") == "array":
+            for item in value:
+                check_count(name, item, items)
+
+
+_JSON_TYPES = {str: "string", int: "integer", float: "integer", list: "array", dict: "object"}
+
+
+def _may_be(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a value may be of a schema's type, if it has one type."""
+    return schema.get("type") in (None, _JSON_TYPES.get(type(value)))
+
+
+def _documented(field: FieldInfo) -> dict[str, Any]:
+    """What a field says of its schema."""
+    extra = field.json_schema_extra
+    found: dict[str, Any] = dict(extra) if isinstance(extra, dict) else {}
+    for each in field.metadata:
+        if isinstance(each, WithJsonSchema):
+            found.update(each.json_schema or {})
+    return found
 
 
 def _nullable(schema: dict[str, Any]) -> None:
@@ -108,12 +162,20 @@ class RequestModel(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _whole_numbers(cls, value: Any) -> Any:
-        """JSON has one kind of number: 2.0 is an integer. ValueError for a huge one."""
+    def _whole_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """JSON has one kind of number: 2.0 is an integer. ValueError for a huge one.
+
+        InvalidRequestError for a list with too many items.
+        """
+        assert info.field_name is not None
+        field = cls.model_fields[info.field_name]
+        check_count(field.alias or info.field_name, value, _documented(field))
         whole = [value]
         left = [whole]
         while left:  # iterative, since clients decide the depth
             values = left.pop()
+            if not _to_look_at(values):
+                continue
             for index, each in enumerate(values):
                 if isinstance(each, int) and each.bit_length() > MAX_BITS:
                     raise ValueError(f"integers may have at most {MAX_BITS} bits")
@@ -122,6 +184,14 @@ class RequestModel(BaseModel):
                 if isinstance(each, list):
                     left.append(each)
         return whole[0]
+
+
+def _to_look_at(values: list[Any]) -> bool:
+    """Whether a list may have huge or whole numbers, or lists; quick for texts and token ids."""
+    kinds = set(map(type, values))
+    if kinds == {int}:
+        return bool(max(max(values), -min(values)).bit_length() > MAX_BITS)
+    return not kinds.isdisjoint((int, float, list))
 
 
 def given_fields(fields: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Awaits the results of a worker thread: all of them, or the first error."""
+"""Awaits the results of threads: all of a request's, or one that several requests share."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ async def results_of(futures: Sequence[Future[Result]]) -> list[Result]:
     finally:
         for future in futures:
             future.cancel()
+
+
+async def shared_result(future: Future[Result]) -> Result:
+    """The result of work that others may wait for too: cancelling the call leaves it running."""
+    waiter = asyncio.wrap_future(future)
+    waiter.add_done_callback(_retrieve)
+    return await asyncio.shield(waiter)
+
+
+def _retrieve(future: asyncio.Future[Result]) -> None:
+    """Note an error as seen: asyncio logs those that nobody waits for, as lost."""
+    if not future.cancelled():
+        future.exception()

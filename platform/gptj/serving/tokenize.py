@@ -8,9 +8,17 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from gptj.chat import ChatTemplate
-from gptj.serving.chat.messages import ChatMessage, TemplateFields
+from gptj.serving.chat.messages import ChatMessage, TemplateFields, rendering_size
 from gptj.serving.errors import InvalidRequestError
-from gptj.serving.requests import FailFastList, RequestModel, bounds, checked_text, examples
+from gptj.serving.requests import (
+    MAX_IDS,
+    MAX_MESSAGES,
+    FailFastList,
+    RequestModel,
+    bounds,
+    checked_text,
+    examples,
+)
 from gptj.tokenizer import GPTJTokenizer
 
 
@@ -25,7 +33,9 @@ class TokenizeRequest(TemplateFields):
     )
 
     prompt: str | None = None
-    messages: Annotated[FailFastList[ChatMessage] | None, bounds(minItems=1)] = None
+    messages: Annotated[
+        FailFastList[ChatMessage] | None, bounds(minItems=1, maxItems=MAX_MESSAGES)
+    ] = None
     model: str | None = None
     add_special_tokens: bool = True  # no effect: GPT-J's tokenizer adds none
     return_token_strs: bool = False
@@ -57,7 +67,9 @@ class TokenizeReply(BaseModel):
 class DetokenizeRequest(RequestModel):
     model_config = ConfigDict(json_schema_extra=examples({"tokens": [818, 257]}))
 
-    tokens: Annotated[FailFastList[int], bounds(items={"type": "integer", "minimum": 0})]
+    tokens: Annotated[
+        FailFastList[int], bounds(items={"type": "integer", "minimum": 0}, maxItems=MAX_IDS)
+    ]
     model: str | None = None
 
 
@@ -65,32 +77,46 @@ class DetokenizeReply(BaseModel):
     prompt: str
 
 
+def tokenizing_size(request: TokenizeRequest, template: ChatTemplate | None) -> int:
+    """Characters of a request, which tell how long it takes: see text_threads."""
+    if request.messages is None:
+        return len(request.prompt or "")
+    assert template is not None
+    return rendering_size(template, request.messages)
+
+
 def tokenize(
     tokenizer: GPTJTokenizer,
     request: TokenizeRequest,
     max_model_len: int,
     template: ChatTemplate | None,
-) -> TokenizeReply:
-    """Args: template: of the messages, if there are any."""
+) -> str:
+    """A TokenizeReply as JSON.
+
+    Args:
+        template: of the messages, if there are any.
+    """
     text = request.prompt or ""
     if request.messages is not None:
         assert template is not None
         text = request.rendered(template, request.messages)
     ids = tokenizer.encode(text)
-    return TokenizeReply(
+    reply = TokenizeReply.model_construct(  # not validated: there may be a million ids
         count=len(ids),
         max_model_len=max_model_len,
         tokens=ids,
         token_strs=tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None,
     )
+    return reply.model_dump_json(exclude_none=True)
 
 
-def detokenize(tokenizer: GPTJTokenizer, request: DetokenizeRequest) -> DetokenizeReply:
-    """Raises InvalidRequestError for an id outside the vocabulary."""
+def detokenize(tokenizer: GPTJTokenizer, request: DetokenizeRequest) -> str:
+    """A DetokenizeReply as JSON. Raises InvalidRequestError for an id outside the vocabulary."""
     try:
-        return DetokenizeReply(prompt=tokenizer.decode(tokenizer.check_ids(request.tokens)))
+        text = tokenizer.decode(tokenizer.check_ids(request.tokens))
     except ValueError as error:
         raise InvalidRequestError(str(error), param="tokens") from error
+    return DetokenizeReply(prompt=text).model_dump_json()
 
 
 def tokenizer_info(tokenizer: GPTJTokenizer, max_model_len: int) -> dict[str, Any]:

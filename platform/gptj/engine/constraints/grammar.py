@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gptj.engine.constraints.one_of import without_one_of
+
 Kind = Literal["json", "regex", "grammar"]
 
 MAX_CHARACTERS = 2**17  # of a grammar; OpenAI's limit is 120,000
@@ -60,6 +62,7 @@ class Grammar:
         _check_depth(schema)
         if "x-guidance" in schema:
             raise GrammarError("x-guidance, options of the grammar's compiler, is not supported")
+        schema = without_one_of(schema)
         source = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
         return cls("json", source, compact)
 

@@ -150,4 +150,9 @@ def _readable(error: str) -> str:
     error = error.partition("<state>")[0].replace("<non-verbose/>", "").strip()
     if error.startswith("NoExtension"):
         return "it allows no output"
+    if "coerce_one_of" in error:  # an option of the library
+        return (
+            "it has a oneOf whose branches may be valid at the same time: use anyOf, or a required "
+            "property with a different const in each branch"
+        )
     return error if len(error) <= MAX_ERROR else error[:MAX_ERROR] + "…"

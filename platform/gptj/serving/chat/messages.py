@@ -8,11 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from gptj.chat import ChatTemplate, ChatTemplateError
+from gptj.chat import ChatTemplate, ChatTemplateError, SlowTemplateError
 from gptj.chat.environment import new_environment
+from gptj.chat.limits import MAX_SECONDS
+from gptj.chat.template import QUICK_SECONDS
 from gptj.serving.completions.generation_request import invalid
 from gptj.serving.errors import InvalidRequestError
 from gptj.serving.requests import (
+    MAX_MESSAGES,
     ONLY_NULL,
     RequestModel,
     bounds,
@@ -20,6 +23,7 @@ from gptj.serving.requests import (
     examples,
     given_fields,
 )
+from gptj.serving.text_threads import LONG, in_short_thread
 
 Content = str | list[dict[str, Any]]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -30,6 +34,7 @@ RESERVED = frozenset(
     {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"}
     | {"chat_template", "tokenize", "stop", *new_environment().globals}
 )
+PER_PART = 64  # characters that take as long to tokenize as a message's part to render
 MAX_VARIABLES = 32
 MAX_VARIABLE_CHARACTERS = 2**14  # of their JSON
 
@@ -67,7 +72,12 @@ _PART = {
     "required": ["type", "text"],
     "additionalProperties": ONLY_NULL,
 }
-_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}]}
+_CONTENT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": _PART, "minItems": 1, "maxItems": MAX_MESSAGES},
+    ]
+}
 
 
 def _requiring_content(schema: dict[str, Any]) -> None:
@@ -85,10 +95,17 @@ class ChatMessage(RequestModel):
     name: Annotated[str | None, PlainValidator(as_name), WithJsonSchema({"type": "string"})] = None
     # As in OpenAI's replies, and ours; ignored.
     refusal: str | None = None
-    annotations: list[Any] = Field(default_factory=list)
+    annotations: Annotated[list[Any], bounds(maxItems=MAX_MESSAGES)] = Field(default_factory=list)
     tool_calls: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
     tool_call_id: Annotated[str | None, bounds(maxLength=0)] = None
     function_call: Annotated[Any, bounds(**ONLY_NULL)] = None
+
+    @property
+    def size(self) -> int:
+        """In characters, and at least PER_PART a part."""
+        content = self.content or ""
+        parts = [content] if isinstance(content, str) else [each.get("text") for each in content]
+        return PER_PART * len(parts) + sum(len(each) for each in parts if isinstance(each, str))
 
     def check(self, place: str) -> None:
         """Raises InvalidRequestError for what this model cannot do; `place` names the message."""
@@ -149,19 +166,34 @@ class TemplateFields(RequestModel):
             )
 
     def rendered(self, template: ChatTemplate, messages: Sequence[ChatMessage]) -> str:
-        """Checked messages as a prompt. Raises InvalidRequestError if the template rejects them."""
+        """Checked messages as a prompt; run in a thread for `rendering_size`.
+
+        Raises InvalidRequestError if the template rejects them, and SlowTemplateError if its thread
+        is one for short texts and it takes long: from then on it has a size for another thread.
+        """
         begins = self.add_generation_prompt
+        is_short = in_short_thread()
         try:
             return template.render(
                 for_template(template, messages),
                 add_generation_prompt=not self.continue_final_message if begins is None else begins,
                 continue_final_message=self.continue_final_message,
                 variables=self.chat_template_kwargs,
+                seconds=QUICK_SECONDS if is_short else MAX_SECONDS,
             )
         except ChatTemplateError as error:
+            if isinstance(error, SlowTemplateError) and is_short:
+                template.is_slow = True
+                raise
             raise InvalidRequestError(
                 str(error), param="messages", code="chat_template_error"
             ) from error
+
+
+def rendering_size(template: ChatTemplate, messages: Sequence[ChatMessage]) -> int:
+    """About how many characters a chat has as a prompt, or takes as long as: see text_threads."""
+    size = sum(message.size for message in messages)
+    return LONG + size if template.is_slow else size
 
 
 def for_template(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from gptj.serving.completions.generation_request import (
 )
 from gptj.serving.completions.schemas import TokenIds
 from gptj.serving.middleware.observing import request_id
-from gptj.serving.requests import FailFastList, bounds, examples
+from gptj.serving.requests import MAX_MESSAGES, FailFastList, bounds, examples
 
 HELLO = [{"role": "user", "content": "Where do penguins live?"}]
 
@@ -47,7 +47,7 @@ class ChatRequest(GenerationRequest, TemplateFields):
     )
     prompt_field: ClassVar[str] = "messages"
 
-    messages: Annotated[FailFastList[ChatMessage], bounds(minItems=1)]
+    messages: Annotated[FailFastList[ChatMessage], bounds(minItems=1, maxItems=MAX_MESSAGES)]
     # Default: all that fit the context.
     max_completion_tokens: Annotated[int | None, bounds(minimum=1)] = None
     max_tokens: Annotated[int | None, bounds(minimum=1)] = None  # its former name
@@ -59,7 +59,7 @@ class ChatRequest(GenerationRequest, TemplateFields):
     tool_choice: Annotated[Any, bounds(enum=["none", "auto"])] = None
     function_call: Annotated[Any, bounds(enum=["none", "auto"])] = None  # its former name
     parallel_tool_calls: bool | None = None  # no effect without tools
-    modalities: FailFastList[Literal["text"]] | None = None
+    modalities: Annotated[FailFastList[Literal["text"]] | None, bounds(maxItems=16)] = None
     store: Literal[False] = False  # nothing is kept
     # Ignored: they concern OpenAI's own storage, prices, caches and abuse checks.
     metadata: dict[str, Any] = Field(default_factory=dict)

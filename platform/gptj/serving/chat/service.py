@@ -10,6 +10,7 @@ from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.events import TokenEvent
 from gptj.serving.adapters import ServedAdapter
+from gptj.serving.chat.messages import rendering_size
 from gptj.serving.chat.schemas import (
     ChatChoice,
     ChatChunk,
@@ -91,6 +92,9 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
 
     def _prompts(self, request: ChatRequest) -> Sequence[Prompt] | None:
         return [request.rendered(self._template_of(request), request.messages)]
+
+    def _characters(self, request: ChatRequest) -> int:
+        return rendering_size(self._template_of(request), request.messages)
 
     def _reply(
         self,

@@ -14,6 +14,7 @@ from gptj.environment.extras import MissingPackageError
 from gptj.serving.errors import SCOPE, APIError, InvalidRequestError, OverloadedError
 from gptj.serving.metrics import Recorder
 from gptj.serving.requests import FailFastList, RequestModel, bounds, checked_text, examples
+from gptj.serving.results import shared_result
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import QueueFullError
 
@@ -152,8 +153,7 @@ class ConstraintFields(RequestModel):
         start = loop.time()
         known = compiler.knows(grammar)
         try:
-            # Shielded: if this client leaves, others may still wait for the same grammar.
-            compiled = await asyncio.shield(asyncio.wrap_future(compiler.submit(grammar)))
+            compiled = await shared_result(compiler.submit(grammar))
         except QueueFullError as error:
             # There is room for requests without a grammar: the proxy must not reject those.
             raise OverloadedError(str(error), headers={SCOPE: "grammars"}) from error

@@ -38,6 +38,7 @@ from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.keys.account import current_account, reserve_tokens
 from gptj.serving.metrics import Recorder
 from gptj.serving.reply_threads import in_reply_thread
+from gptj.serving.text_threads import in_template_thread
 from gptj.tokenizer import GPTJTokenizer
 
 Request = TypeVar("Request", bound=GenerationRequest)
@@ -86,6 +87,10 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
 
         Called on the event loop only if `_resolves_at_once`.
         """
+
+    @abstractmethod
+    def _characters(self, request: Request) -> int:
+        """Characters or ids of its prompts, which tell how long these take: see text_threads."""
 
     @abstractmethod
     def _choice(self, request: Request, output: Output, piece: Piece, index: int) -> Any:
@@ -301,7 +306,9 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         if self._resolves_at_once(request):
             prompts = self._resolved(request, grammar)
         else:  # a long text takes a while: not on the event loop
-            prompts = await asyncio.to_thread(self._resolved, request, grammar)
+            prompts = await in_template_thread(
+                lambda: self._characters(request), self._resolved, request, grammar
+            )
         await reserve_tokens(sum(prompt.most_tokens(request) for prompt in prompts))
         return prompts
 

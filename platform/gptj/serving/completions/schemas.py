@@ -17,7 +17,7 @@ from gptj.serving.completions.generation_request import (
     invalid,
 )
 from gptj.serving.middleware.observing import request_id
-from gptj.serving.requests import bounds, checked_text, examples
+from gptj.serving.requests import MAX_IDS, bounds, checked_text, examples
 
 
 def as_prompts(value: Any) -> list[Prompt]:
@@ -29,11 +29,12 @@ def as_prompts(value: Any) -> list[Prompt]:
         raise ValueError(f"must be {kinds}")
     if not value:
         raise ValueError("must not be an empty list")
-    if all(isinstance(each, str) for each in value):
+    items = set(map(type, value))
+    if items == {str}:
         return [checked_text(each) for each in value]
-    if all(_is_id(each) for each in value):
+    if items == {int}:
         return [value]
-    if all(isinstance(each, list) and all(map(_is_id, each)) for each in value):
+    if items == {list} and all(set(map(type, each)) <= {int} for each in value):
         if not all(value):
             raise ValueError("must not have an empty list of token ids")
         return value
@@ -45,10 +46,10 @@ _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_SEQUENCES},
-        {"type": "array", "items": _ID_SCHEMA, "minItems": 1},
+        {"type": "array", "items": _ID_SCHEMA, "minItems": 1, "maxItems": MAX_IDS},
         {
             "type": "array",
-            "items": {"type": "array", "items": _ID_SCHEMA, "minItems": 1},
+            "items": {"type": "array", "items": _ID_SCHEMA, "minItems": 1, "maxItems": MAX_IDS},
             "minItems": 1,
             "maxItems": MAX_SEQUENCES,
         },
@@ -131,10 +132,6 @@ class CompletionRequest(GenerationRequest):
             other = "stream=true" if self.stream else "beam search"
             raise invalid("prompt_logprobs", f"{other} does not work with prompt_logprobs")
         super().check()
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # Omitted without return_token_ids.

@@ -33,11 +33,14 @@ class CompletionService(GenerationService[CompletionRequest, Completion, Complet
     def _prompts(self, request: CompletionRequest) -> Sequence[Prompt] | None:
         return request.prompt
 
+    def _characters(self, request: CompletionRequest) -> int:
+        return sum(map(len, request.prompt or ()))
+
     def _resolves_at_once(self, request: CompletionRequest) -> bool:
         prompts = request.prompt or [""]
         return (
             len(prompts) * request.candidates <= FEW_OUTPUTS
-            and sum(map(len, prompts)) <= SHORT_PROMPTS
+            and self._characters(request) <= SHORT_PROMPTS
             and not (request.bad_words or request.logit_bias or request.allowed_token_ids)
         )
 
