@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from deployments.device import replica_device
 from deployments.ledger import cluster_ledger
-from deployments.loading import BatchArguments, loading_turn
+from deployments.loading import BatchArguments, freeze_loaded, loading_turn
 from deployments.logs import follow_serve
 from deployments.metrics import serve_metrics
 from gptj.serving.metrics import Recorder
@@ -43,6 +43,7 @@ class BatchedReplica(Generic[Service, Arguments]):
         follow_serve()
         with loading_turn(arguments):
             self._service = load(arguments, replica_device(), serve_metrics())
+        freeze_loaded()
         self._new_app = new_app
         self._stalled_seconds = arguments.stalled_seconds
         self._http_options = arguments.http_options()

@@ -33,7 +33,7 @@ from deployments import haproxy
 from deployments.device import replica_device
 from deployments.ledger import cluster_ledger
 from deployments.loading import Arguments as LoadingArguments
-from deployments.loading import load, loading_turn, name_of
+from deployments.loading import freeze_loaded, load, loading_turn, name_of
 from deployments.logs import follow_serve
 from deployments.metrics import EngineReporter, serve_metrics
 from deployments.preflight import check_before_deploying
@@ -275,6 +275,7 @@ class Generation:
         services = self._services = start_services(
             model, tokenizer, runner, limits, arguments, serve_metrics()
         )
+        freeze_loaded()
         self._tokenizer = tokenizer
         self._reporter = EngineReporter(services.engine.stats)
         self._stalled_seconds = arguments.stalled_seconds

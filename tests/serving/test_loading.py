@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import json
 from contextlib import closing
 from pathlib import Path
@@ -85,6 +86,18 @@ def test_a_tokenizer_with_an_id_beyond_the_embedding_is_refused(
         for refuse in (check, load):
             with pytest.raises(ValueError, match=rf"an id {rows} \(for the token 'z'\)"):
                 refuse(cls, Arguments(checkpoint=address, dtype="float32"))
+
+
+def test_what_is_loaded_is_not_collected_again() -> None:
+    loaded = [{"name": [number]} for number in range(1000)]
+    gc.unfreeze()
+    try:
+        loading.freeze_loaded()
+        assert gc.get_freeze_count() > len(loaded)
+        found = {id(each) for each in gc.get_objects()}
+        assert not any(id(each) in found for each in loaded)
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
