@@ -81,7 +81,7 @@ DataAddress = Annotated[str, AfterValidator(partial(normalized, samples=True))]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: Annotated[str, AfterValidator(normalized)]
     data: DataAddress
@@ -123,7 +123,8 @@ def read_settings(words: Sequence[str]) -> Settings:
             fields["columns"][name] = text
         elif key in Settings.model_fields and key not in ("checkpoint", "data", "columns"):
             is_yaml = key in ("batch_size", "sequence_length", "stride", "limit", "label_names")
-            fields[key] = parsed_yaml(word, text) if is_yaml else text
+            is_text = key == "label_names"
+            fields[key] = parsed_yaml(word, text, is_text=is_text) if is_yaml else text
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)

@@ -34,6 +34,7 @@ from gptj.training.sections import DataSettings
 from gptj.training.tasks import TASKS
 from gptj.training.tasks.causal_lm import unigram_perplexity
 from gptj_local.s3 import LocalS3
+from jobs import batch_inference, prepare_data
 from jobs.evaluate import measure, read, read_settings
 
 PROGRAM = Path(__file__).resolve().parents[2] / "jobs" / "evaluate.py"
@@ -243,6 +244,18 @@ def test_checkpoint_and_data_may_be_in_s3(
 def test_a_wrong_command_line_is_explained(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_settings(words)
+
+
+def test_label_names_are_text_as_written() -> None:
+    """Also where YAML has numbers and truth values."""
+    words = ["model", "data", "label_names={01: no, 1e1: yes, 2026-11-28: 1.50}"]
+    expected = {"01": "no", "1e1": "yes", "2026-11-28": "1.50"}
+    assert read_settings(words).label_names == expected
+    prepared = prepare_data.read_settings([*words, "tokenizer=t", "task=classification"])
+    assert prepared.label_names == expected
+    words = ["model", "data", "out", "keep=[01, no]", "chunk_rows=010"]
+    inferred = batch_inference.read_settings(words)
+    assert (inferred.keep, inferred.chunk_rows) == (("01", "no"), 8)
 
 
 @pytest.mark.parametrize(

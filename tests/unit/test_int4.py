@@ -243,7 +243,7 @@ def test_an_adapter_must_be_merged_before_its_weights_are_converted(
         lambda: quantize_model(str(adapter), target, None),
         lambda: export_weights(str(adapter), target, format="flax"),
     ):
-        with pytest.raises(CheckpointError, match="is an adapter, .*jobs/merge_adapter.py BASE"):
+        with pytest.raises(CheckpointError, match=r"is an adapter, .*jobs/merge_adapter.py BASE"):
             convert()
 
 
