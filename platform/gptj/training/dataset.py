@@ -254,8 +254,8 @@ def _make(
     suffix = secrets.token_hex(8)
     task, labels = settings.task_definition, checkpoint_labels(settings)
     found, rows = {}, 0
-    columns: dict[str, list[str]] = {}
-    for name, address in _addresses(settings).items():
+    addresses, sources = _addresses(settings), {}
+    for name, address in addresses.items():
         raw = folder / f"raw-{name}-{suffix}"
         source = Prepared.at(prepared.get(name, address))
         if source is None:
@@ -264,12 +264,18 @@ def _make(
             assert source is not None
         elif source.address == address:
             check_prepared(settings, address)
-        columns[name] = source.index.settings["columns"]
-        if settings.task == "classification" and columns[name] != columns["train"]:
+        sources[name] = source
+        columns, others = (sources[each].index.settings["columns"] for each in ("train", name))
+        if settings.task == "classification" and others != columns:
             raise SettingsError(
-                f"data.train has the columns {', '.join(columns['train'])}, and {address} has "
-                f"{', '.join(columns[name])}: evaluate on the same kind of rows as in training"
+                f"data.train has the columns {', '.join(columns)}, and {address} has "
+                f"{', '.join(others)}: evaluate on the same kind of rows as in training"
             )
+    if settings.data.evaluation_split is not None:
+        # One data set: a rare label may be in the held-out part alone.
+        labels = task.labels_in(list(sources.values()), settings.data, labels)
+    for name, source in sources.items():
+        address = addresses[name]
         target = folder / f"{name}-{suffix}"
         needed = _example_bytes(settings, source.index)
         remedies = EXAMPLES_REMEDY, EXAMPLES_LIMIT_REMEDY
@@ -291,7 +297,7 @@ def _make(
                 source.index.skipped,
                 source.index.bad[0],
             )
-        shutil.rmtree(raw, ignore_errors=True)
+        shutil.rmtree(folder / f"raw-{name}-{suffix}", ignore_errors=True)
     files = [
         path.relative_to(folder).as_posix()
         for each in found.values()

@@ -117,6 +117,19 @@ class Task(ABC, Generic[D]):
             CheckpointError: for a damaged shard.
         """
 
+    def labels_in(
+        self, parts: Sequence[Prepared], options: DataSettings, labels: LabelSet | None = None
+    ) -> LabelSet | None:
+        """A classifier's labels in all parts of one data set, and how they are written there.
+
+        Args:
+            labels: of the checkpoint; None: taken from the parts.
+
+        Raises:
+            DataError: naming the row that does not fit.
+        """
+        return labels
+
     @abstractmethod
     def load(self, folder: Path) -> D:
         """Memory-map the data written by `write`."""

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from gptj.config import GPTJConfig
-from gptj.data.classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ClassificationData
+from gptj.data.classification import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    ClassificationData,
+    read_all_labels,
+)
 from gptj.data.labels import LabelSet
 from gptj.data.prepared import Prepared
 from gptj.data.rows import Row
@@ -69,6 +75,14 @@ class Classification(Task[ClassificationData]):
             label_names=names,
             problem_type=options.problem_type,
         )
+
+    def labels_in(
+        self, parts: Sequence[Prepared], options: DataSettings, labels: LabelSet | None = None
+    ) -> LabelSet:
+        if labels is not None:
+            return read_all_labels(parts, labels).labels
+        names = options.label_names or None
+        return read_all_labels(parts, None, names, options.problem_type).labels
 
     def load(self, folder: Path) -> ClassificationData:
         return ClassificationData.load(folder)
