@@ -183,7 +183,7 @@ def check_first_rows(address: str, settings: Settings) -> None:
     rows = read_rows(address, columns, data.columns, delimiter=data.delimiter)
     for row in islice(rows, FIRST_ROWS):
         if settings.task == "classification":
-            check_labelled(row, names)
+            check_labelled(row, names, data.problem_type)
         else:
             read_answers(row)
 

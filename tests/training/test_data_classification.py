@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,6 +231,86 @@ def test_the_type_of_text_cells_is_inferred_from_all_of_them(
     data = ClassificationData(cells(*labels), tokenizer, 32)
     assert data.labels == LabelSet(names, problem_type)
     assert data.targets.tolist() == targets
+
+
+MEASURED = [f"{number / 7:.2f}" for number in range(200)]
+
+
+@pytest.mark.parametrize("odd", ["N/A", "nan", "-", "high", ".57", "+0.13", "0,57", "[1.5]"])
+@pytest.mark.parametrize("place", [0, 120, 200])
+def test_one_odd_cell_does_not_make_measured_values_names(
+    odd: str, place: int, tokenizer: GPTJTokenizer
+) -> None:
+    labels = [*MEASURED[:place], odd, *MEASURED[place:]]
+    message = (
+        rf"row {place + 1}, column 'label': is '{re.escape(odd)}',.* most of the 201 different "
+        r"labels are numbers, such as 0.\d\d; remedy: data.problem_type=regression .*with "
+        r"data.bad_rows=skip .*data.problem_type=single_label_classification"
+    )
+    with pytest.raises(DataError, match=message):
+        ClassificationData(cells(*labels), tokenizer, 32)
+    named = ClassificationData(cells(*labels), tokenizer, 32, problem_type=SINGLE)
+    assert len(named.labels.names) == 201
+
+
+@pytest.mark.parametrize("form", ["{:+.2f}", "{:.2f}"])
+def test_numbers_that_are_all_written_otherwise_are_not_names_either(
+    form: str, tokenizer: GPTJTokenizer
+) -> None:
+    texts = [form.format(number / 100).replace("0.", ".") for number in range(1, 40)]
+    with pytest.raises(DataError, match=r"row 1, .* which is not written as 0.5 is, but most"):
+        ClassificationData(cells(*texts), tokenizer, 32)
+    data = ClassificationData(cells(*texts), tokenizer, 32, problem_type=REGRESSION)
+    assert data.targets.tolist() == pytest.approx([number / 100 for number in range(1, 40)])
+    commas = [text.replace(".", ",") for text in texts]
+    with pytest.raises(DataError, match=r"row 1, .* which is not written as 0.5 is, but most"):
+        ClassificationData(cells(*commas), tokenizer, 32)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["1", "2", "3", "4", "other"],
+        ["3.5", "4", "3.5-turbo", "4-turbo"],
+        ["3.5", "3.5-turbo"],
+        ["0.5", "high", "low"],
+        ["1", "2", "1,2"],
+        ["1.0.1", "1.2.0", "1.2"],
+        ["10:30", "9.5", "x"],
+        ["2024-01-31", "2023-01-31", "0.5"],
+        ["0.5", *["N/A"] * 3, *["0.5"] * 9, "low"],  # each label counts once
+    ],
+)
+def test_names_with_numbers_among_them_stay_names(
+    labels: list[str], tokenizer: GPTJTokenizer
+) -> None:
+    data = ClassificationData(cells(*labels), tokenizer, 32)
+    assert data.labels == LabelSet(tuple(sorted(set(labels))), SINGLE)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "label", [NAN, INFINITY, -INFINITY, 1e300, 10**400, [0.5, NAN], [1e39], ["a", NAN]]
+)
+@pytest.mark.parametrize("problem_type", [None, SINGLE, MULTI, REGRESSION])
+def test_a_number_that_is_not_finite_is_a_bad_row(label: Any, problem_type: str | None) -> None:
+    (row,) = rows(label)
+    with pytest.raises(DataError, match=r"must be a finite number, got .*data.bad_rows=skip"):
+        check_label(row, None, problem_type)
+
+
+@pytest.mark.parametrize("label", ["a", "nan", "N/A", "0,5", "1e300", "[0.5, NaN]", '["a"]', "[]"])
+@pytest.mark.parametrize("form", [rows, cells])
+def test_what_is_no_number_is_a_bad_row_of_a_regression(form: Any, label: str) -> None:
+    (row,) = form(label)
+    with pytest.raises(DataError, match=r"must be a finite number, got .*data.bad_rows=skip"):
+        check_label(row, None, REGRESSION)
+    if "NaN" not in label or form is rows:
+        check_label(row)
+    for number in ("+0.5", ".5", "5.", "007", " 1e-3 ", "[0.5, 2]"):
+        check_label(cells(number)[0], None, REGRESSION)
 
 
 def test_settings_override_inferred_label_types(tokenizer: GPTJTokenizer) -> None:

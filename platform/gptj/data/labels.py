@@ -114,11 +114,12 @@ def read_labels(
             return _read_single(found, known, kind)
 
 
-def check_label(row: Row, names: LabelNames | None = None) -> None:
+def check_label(row: Row, names: LabelNames | None = None, problem_type: str | None = None) -> None:
     """DataError for a label that is invalid whatever the other rows have.
 
     Args:
         names: of all labels; None: not yet known.
+        problem_type: one of gptj.config.PROBLEM_TYPES; None: not yet known.
     """
     value = row.value("label")
     if isinstance(value, str) and not row.typed:
@@ -135,6 +136,18 @@ def check_label(row: Row, names: LabelNames | None = None) -> None:
             f"must be a name, a class number, a float, or a list of names or of numbers, "
             f"got {shown(value)}",
         )
+    if problem_type == REGRESSION and not row.typed and isinstance(value, str):
+        values = [float(value) if _MEASURED.fullmatch(value) else value]
+    odd = [each for each in values if not _is_finite(each)]
+    measured = problem_type == REGRESSION
+    if any(map(_is_number, odd)) or (measured and (odd or not values)):
+        raise row.error(
+            "label",
+            f"must be a finite number, got {shown(value)}; remedy: correct it, or "
+            f"data.bad_rows=skip to leave out such rows",
+        )
+    if measured:
+        return
     numbers = all(isinstance(each, int | float) for each in values)
     if names is None or (numbers and len(values) == len(names)):  # may be regression values
         return
@@ -257,6 +270,10 @@ def _known(labels: LabelSet | None, names: LabelNames | None, problem_type: str 
 # Numbers in canonical notation: 001 and +1 are names.
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
+# Where labels are known to be numbers, these are some too.
+_MEASURED = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+# Also with a comma, which is never read as a point.
+_FRACTION = re.compile(r"[+-]?[0-9]*[.,][0-9]+([eE][+-]?[0-9]+)?")
 _LIKE_A_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
@@ -290,12 +307,39 @@ def _typed(labels: Sequence[_Label], known: _Known) -> list[_Label]:
     if problem_type == MULTI_LABEL:
         return all_as(str)
     if problem_type == REGRESSION:
-        return all_as(lambda text: float(text) if _NUMBER.fullmatch(text) else text)
+        return all_as(lambda text: float(text) if _MEASURED.fullmatch(text) else text)
     if all(_WHOLE.fullmatch(text) for text in texts):
         return all_as(int)
     if (problem_type is None or table) and all(_NUMBER.fullmatch(text) for text in texts):
         return all_as(float)
+    if problem_type is None and table is None:
+        _refuse_odd_numbers(labels, texts)
     return all_as(str)
+
+
+def _refuse_odd_numbers(labels: Sequence[_Label], texts: Sequence[str]) -> None:
+    """DataError if most labels, but not all, are numbers with fractions: measured, or names.
+
+    Otherwise one cell such as N/A would make each number a class. Distinct labels are counted, so
+    that many rows with N/A change nothing.
+    """
+    distinct = dict.fromkeys(texts)
+    fractions = [text for text in distinct if _FRACTION.fullmatch(text)]
+    if 2 * len(fractions) <= len(distinct):
+        return
+    odd, text = next(
+        (label, text)
+        for label, text in zip(labels, texts, strict=True)
+        if not _NUMBER.fullmatch(text)
+    )
+    example = next(filter(_NUMBER.fullmatch, fractions), fractions[0])
+    written = ", which is not written as 0.5 is" if _FRACTION.fullmatch(text) else ""
+    raise odd.error(
+        f"is {shown(text)}{written}, but most of the {len(distinct)} different labels are numbers, "
+        f"such as {example}; remedy: data.problem_type={REGRESSION} for values to predict, "
+        f"with data.bad_rows=skip to leave out rows without one, or "
+        f"data.problem_type={SINGLE_LABEL} for names"
+    )
 
 
 def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
@@ -313,9 +357,15 @@ def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
         # Find a kind that the first row matches and another does not.
         other = next((label for label in labels if not kind(label.value)), first)
         if kind(first.value) and other is not first:
+            skip = (
+                f", or data.problem_type={REGRESSION} and data.bad_rows=skip to leave out those "
+                f"that are no number"
+                if _is_number(first.value) or _is_number(other.value)
+                else ""
+            )
             raise other.error(
                 f"is {shown(other.value)}, but that of {first.row} is {shown(first.value)}; "
-                f"remedy: one kind of label in all rows"
+                f"remedy: one kind of label in all rows{skip}"
             )
     raise first.error(
         f"must be a name, a class number, a float, or a list of names or of numbers, "

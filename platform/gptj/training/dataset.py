@@ -219,6 +219,7 @@ def raw_plan(
         task=settings.task,
         label_names=(data.label_names or None) if data.problem_type != "regression" else None,
         split=split,
+        problem_type=data.problem_type,
     )
 
 
