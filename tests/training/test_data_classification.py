@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import weakref
 from collections.abc import Iterator
@@ -389,10 +390,15 @@ def test_class_numbers_from_one_can_be_mapped(form: Any, tokenizer: GPTJTokenize
             ClassificationData(form(*few), tokenizer, 32, label_names=names)
         assert "{1: World, 2: Sports, 3: Business, 4: Sci/Tech}" in str(error.value)
     trained = LabelSet.of(GPTJConfig(id2label=dict(enumerate(names)), problem_type=SINGLE))
+    for part in (labels[:1], labels[1:3]):  # indices, too, if the first class is not there
+        with pytest.raises(DataError) as error:
+            ClassificationData(form(*part), tokenizer, 32, trained)
+        assert "from 0 or from 1; remedy: say which, data.label_names={0: World" in str(error.value)
+        assert " or data.label_names={1: World, 2: Sports, 3: Bus" in str(error.value)
     with pytest.raises(
         DataError, match=r"numbers count from 0; remedy: .*data.label_names={1: World, 2: "
     ):
-        ClassificationData(form(*labels[1:3]), tokenizer, 32, trained)
+        ClassificationData(form(*labels[1:]), tokenizer, 32, trained)
     held_out = ClassificationData(form(*labels[1:3]), tokenizer, 32, trained.translated(given))
     assert held_out.targets.tolist() == [0, 1]
     with pytest.raises(ValueError, match="translates to 'Weather', which is not one of the labels"):
@@ -433,6 +439,68 @@ def test_evaluation_labels_are_read_like_the_training_data(tokenizer: GPTJTokeni
     assert ClassificationData(rows([0, 1]), tokenizer, 32, hot).targets.tolist() == [[0, 1]]
     with pytest.raises(DataError, match=r"row 2.*must be a 0 or 1 for each of 2 labels, got \[1\]"):
         ClassificationData(rows([0, 1], [1]), tokenizer, 32, hot)
+
+
+@pytest.mark.parametrize("form", [rows, cells])
+@pytest.mark.parametrize(
+    ("labels", "given", "part", "targets"),
+    [
+        ([0, 1], {"label_names": ["neg", "pos"]}, [1, 1], [1, 1]),
+        ([0, 1, 2], {"label_names": ["a", "b", "c"]}, [2, 1], [2, 1]),
+        ([0, 1, 2], {}, [1, 2], [1, 2]),
+        ([1, 2], {"label_names": {"1": "neg", "2": "pos"}}, [1, 1], [0, 0]),
+        (["n", "p"], {"label_names": {"n": "neg", "p": "pos"}}, ["p"], [1]),
+        ([1, 2, 3], {"label_names": ["1", "2", "3"]}, [2, 1], [1, 0]),
+        ([[0], [1], [0, 1], []], {}, [[0, 1]], [[1, 1]]),
+        ([[0], [1, 2]], {"label_names": ["a", "b", "c"]}, [[1], [2]], [[0, 1, 0], [0, 0, 1]]),
+        ([[0], [1, 2]], {"label_names": ["a", "b", "c"]}, [[0, 0, 1]], [[0, 0, 1]]),
+        ([[0, 1], [1, 1]], {}, [[0, 1]], [[0, 1]]),
+    ],
+)
+def test_part_of_the_labels_is_read_as_in_the_models_training(
+    form: Any,
+    labels: list[Any],
+    given: dict[str, Any],
+    part: list[Any],
+    targets: list[Any],
+    tokenizer: GPTJTokenizer,
+) -> None:
+    """By what training.json has; names are known to all models."""
+
+    def formed(values: list[Any]) -> list[Row]:
+        texts = [each if isinstance(each, str) else json.dumps(each) for each in values]
+        return form(*(texts if form is cells else values))
+
+    found = ClassificationData(formed(labels), tokenizer, 32, **given).labels
+    record = json.loads(json.dumps(found.record()))
+    config = GPTJConfig(id2label=found.id2label, problem_type=found.problem_type)
+    trained = LabelSet.of(config, record)
+    data = ClassificationData(formed(part), tokenizer, 32, trained)
+    assert data.targets.tolist() == targets
+    assert LabelSet.of(config, data.labels.record()).names == found.names
+    names = [[name] for name in found.names]
+    if found.problem_type == SINGLE:
+        named = ClassificationData(rows(*found.names), tokenizer, 32, trained)
+        assert named.targets.tolist() == list(range(len(names)))
+    else:
+        named = ClassificationData(rows(*names), tokenizer, 32, trained)
+        assert named.targets.tolist() == torch.eye(len(names)).tolist()
+
+
+def test_a_models_training_does_not_keep_other_data_from_being_named(
+    tokenizer: GPTJTokenizer,
+) -> None:
+    config = GPTJConfig(id2label={0: "neg", 1: "pos"}, problem_type=SINGLE)
+    mapped = LabelSet.of(config, {"written": {"neg": 0, "pos": 1, "1": 0, "2": 1}})
+    with pytest.raises(DataError, match=r"0 is not one of .*data.label_names={0: neg, 1: pos}"):
+        ClassificationData(rows(0, 1), tokenizer, 32, mapped)
+    named = mapped.translated({"0": "neg", "1": "pos"})
+    assert ClassificationData(rows(0, 1), tokenizer, 32, named).targets.tolist() == [0, 1]
+    by_name = LabelSet.of(config, {"written": {"neg": 0, "pos": 1}})
+    assert ClassificationData(rows(0, 1), tokenizer, 32, by_name).targets.tolist() == [0, 1]
+    other = LabelSet.of(config, {"written": {"0": 0, "1": 1, "2": 2}})  # of another head
+    assert other.trained is None
+    assert ClassificationData(rows(0.5, 1), tokenizer, 32).labels.record() is None
 
 
 NUMBERED = ("LABEL_0", "LABEL_1", "LABEL_2")

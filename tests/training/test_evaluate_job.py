@@ -342,6 +342,34 @@ def test_labels_are_read_as_in_training_or_as_set(
     assert swapped["accuracy"] == pytest.approx(1 - float(expected["accuracy"]))
 
 
+def test_a_part_of_the_labels_is_evaluated_as_training_read_them(
+    tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    """Only ones of 0 and 1, by the record in training.json; without it, both readings are named."""
+    rows = [{"text": TEXTS[n % 2], "label": 1} for n in range(8)]
+    ones = written(tmp_path / "ones.jsonl", rows)
+    named = written(tmp_path / "named.jsonl", [{**row, "label": "pos"} for row in rows])
+    labels = {"id2label": {0: "neg", 1: "pos"}}
+    record = {"written": {"neg": 0, "pos": 1, "0": 0, "1": 1}, "multi_hot": None}
+    folders = [
+        saved(GPTJForSequenceClassification, tokenizer, tmp_path / name, training, **labels)
+        for name, training in (("now", {"labels": record}), ("earlier", trained_with()))
+    ]
+    expected, earlier = [measure(read_settings([each, named])) for each in folders]
+    assert measure(read_settings([folders[0], ones]))["loss"] == expected["loss"]
+    both = "data.label_names={0: neg, 1: pos} or data.label_names={1: neg, 2: pos}"
+    with pytest.raises(ValueError, match=both):
+        measure(read_settings([folders[1], ones]))
+    for words in ([folders[0], named], [folders[0], ones], [folders[1], named]):
+        found = measure(read_settings([*words, "label_names=[neg, pos]"]))
+        assert found["loss"] == earlier["loss"]
+    found = measure(read_settings([folders[1], ones, "label_names={0: neg, 1: pos}"]))
+    assert found["loss"] == earlier["loss"]
+    for wrong, message in (("[pos, neg]", "ordered differently"), ("[a, b, c]", "has 3")):
+        with pytest.raises(ValueError, match=message):
+            measure(read_settings([folders[0], ones, f"label_names={wrong}"]))
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "csv.gz"])
 def test_a_classifier_with_numeric_names_is_evaluated_by_name(
     ending: str, tokenizer: GPTJTokenizer, tmp_path: Path

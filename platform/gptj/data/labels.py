@@ -36,6 +36,8 @@ class LabelSet:
     # Class index by value in the data, and whether lists are multi-hot; None: not yet known.
     written: Mapping[str, int] | None = field(default=None, compare=False)
     multi_hot: bool | None = field(default=None, compare=False)
+    # Like `written`, in the data of the model's training: for data of which nothing else is known.
+    trained: Mapping[str, int] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.problem_type not in PROBLEM_TYPES:
@@ -48,12 +50,27 @@ class LabelSet:
             raise ValueError(f"all rows have the label {self.names[0]!r}: nothing to classify")
 
     @classmethod
-    def of(cls, config: GPTJConfig) -> LabelSet:
-        """The labels that a model was trained on."""
+    def of(cls, config: GPTJConfig, record: Mapping[str, Any] | None = None) -> LabelSet:
+        """The labels that a model was trained on.
+
+        Args:
+            record: of its training (LabelSet.record), if known. It has no effect if the labels'
+                names alone were written.
+        """
         names = tuple(config.id2label[number] for number in range(config.num_labels))
         # Hugging Face's rule if problem_type is unset.
         default = REGRESSION if len(names) == 1 else SINGLE_LABEL
-        return cls(names, config.problem_type or default)
+        found = cls(names, config.problem_type or default)
+        written = dict((record or {}).get("written", {}))
+        if written.keys() <= set(names) or not set(written.values()) <= set(range(len(names))):
+            return found
+        return replace(found, trained=written, multi_hot=(record or {}).get("multi_hot"))
+
+    def record(self) -> dict[str, Any] | None:
+        """How the data wrote the labels, as JSON for `of`; None for measured values."""
+        if self.written is None:
+            return None
+        return {"written": dict(self.written), "multi_hot": self.multi_hot}
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -72,7 +89,8 @@ class LabelSet:
                 f"{_some(self.names)}"
             )
         numbers = {key: self.names.index(name) for key, name in written.items()}
-        return replace(self, written=_by_name(self.names) | numbers)
+        both = _by_name(self.names) | numbers
+        return replace(self, written=both, multi_hot=None, trained=None)
 
 
 class ReadLabels(NamedTuple):
@@ -253,6 +271,11 @@ class _Known:
 
 def _known(labels: LabelSet | None, names: LabelNames | None, problem_type: str | None) -> _Known:
     if labels is not None:
+        if labels.written is None and labels.trained is not None:
+            # Of three labels or more, lists are never both names' numbers and multi-hot.
+            multi_hot = labels.multi_hot if len(labels.names) < 3 else None
+            written = _by_name(labels.names) | dict(labels.trained)
+            labels = replace(labels, written=written, multi_hot=multi_hot)
         table = labels.written or _by_name(labels.names)
         decided = labels.written is not None
         return _Known(labels.problem_type, labels.names, table, decided, labels)
@@ -477,11 +500,16 @@ def _refuse_two_readings(
     """
     numbers = sorted(set(map(int, values)))
     if len(numbers) > 1 and numbers[0] == 1 and numbers[-1] < len(names):
-        raise labels[0].error(
-            f"whole numbers from 1 to {numbers[-1]}, without 0, can count the labels "
-            f"{_some(names)} from 0 or from 1; remedy: say which, "
-            f"data.label_names={_mapping(names, 0)} or data.label_names={_mapping(names, 1)}"
-        )
+        raise labels[0].error(_two_readings(1, numbers[-1], names))
+
+
+def _two_readings(first: int, last: int, names: Sequence[str]) -> str:
+    """Both readings of numbers that nothing tells apart, and their settings."""
+    return (
+        f"whole numbers from {first} to {last}, without 0, can count the labels {_some(names)} "
+        f"from 0 or from 1; remedy: say which, data.label_names={_mapping(names, 0)} or "
+        f"data.label_names={_mapping(names, 1)}"
+    )
 
 
 def _mapping(names: Sequence[str], first: int) -> str:
@@ -568,24 +596,32 @@ def _class_number(label: _Label, value: Any, known: LabelSet, all_labels: Sequen
     number = _lookup(value, known.written)
     if number is not None:
         return number
-    first = None
+    first = last = None
     if _is_whole(value):
-        first = min(int(each) for each in _values(all_labels) if _is_whole(each))
+        numbers = [int(each) for each in _values(all_labels) if _is_whole(each)]
+        first, last = min(numbers), max(numbers)
     there = sorted({str(each) for each in _values(all_labels)})
-    raise label.error(_is_no_label(value, known.names, first, there))
+    raise label.error(_is_no_label(value, known.names, first, last, there))
 
 
 def _is_no_label(
-    value: Any, names: Sequence[str], first: int | None, there: Sequence[str] = ()
+    value: Any,
+    names: Sequence[str],
+    first: int | None,
+    last: int | None = None,
+    there: Sequence[str] = (),
 ) -> str:
-    """Why a value is refused, and the mapping that would name numbers, or default names.
+    """Why a value is refused, and the mappings that would name numbers, or default names.
 
     Args:
         first: the smallest number among the labels; None if this one is not a whole number.
+        last: the largest, if known.
         there: the data's labels, as far as known.
     """
     why = f"{shown(value)} is not one of the labels {_some(names)}"
     if first is not None and not _has_numbers(names):
+        if last is not None and first > 0 and last < len(names):
+            return f"{why}; {_two_readings(first, last, names)}"
         # A 0 is refused only where the labels are known to be names.
         counted = "" if value in (0, "0") else "; whole numbers count from 0"
         return (

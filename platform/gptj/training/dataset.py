@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptj import storage
+from gptj.checkpoints.folder import ADAPTER_FILES, CONFIG, TRAINING, ModelFolder
 from gptj.checkpoints.manifest import Manifest, describe
 from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
@@ -334,8 +335,12 @@ def checkpoint_labels(settings: Settings) -> LabelSet | None:
     checkpoint = settings.model.checkpoint
     if not checkpoint:
         return None
-    config = GPTJConfig.from_pretrained(checkpoint, revision=settings.model.revision or None)
-    return settings.task_definition.known_labels(config, checkpoint, settings.data)
+    task, files = settings.task_definition, [CONFIG, TRAINING, *ADAPTER_FILES]
+    revision = settings.model.revision or None
+    with ModelFolder.open(checkpoint, revision=revision, files=files) as folder:
+        config = GPTJConfig.from_folder(folder)
+        record = None if task.labels_of(config) is None else folder.read_trained_labels()
+    return task.known_labels(config, checkpoint, settings.data, record)
 
 
 def check_prepared(settings: Settings, address: str) -> None:

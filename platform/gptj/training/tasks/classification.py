@@ -103,14 +103,20 @@ class Classification(Task[ClassificationData]):
         numbers = _classified(logits, data.targets, data.labels.problem_type)
         return {"loss": whole.loss / whole.items, **numbers}
 
-    def labels_of(self, config: GPTJConfig) -> LabelSet | None:
+    def labels_of(
+        self, config: GPTJConfig, record: Mapping[str, Any] | None = None
+    ) -> LabelSet | None:
         is_classifier = self.head.__name__ in (config.architectures or ())
-        return LabelSet.of(config) if is_classifier else None
+        return LabelSet.of(config, record) if is_classifier else None
 
     def known_labels(
-        self, config: GPTJConfig, checkpoint: str, options: DataSettings
+        self,
+        config: GPTJConfig,
+        checkpoint: str,
+        options: DataSettings,
+        record: Mapping[str, Any] | None = None,
     ) -> LabelSet | None:
-        trained = self.labels_of(config)
+        trained = self.labels_of(config, record)
         return None if trained is None else _renamed(trained, checkpoint, options)
 
 
