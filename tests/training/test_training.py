@@ -574,6 +574,7 @@ def continued(two_ranks: Path) -> dict[str, Settings]:
             "stride": 16,
         },
         model={"config": {**MODEL, "n_positions": 128}},
+        optimizer={"warmup_steps": 1},
         deepspeed={"stage": 3},
         workers={"count": 2},
     )
