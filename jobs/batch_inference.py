@@ -124,7 +124,7 @@ def _as_list(value: Any) -> Any:
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: Annotated[str, AfterValidator(normalized)]
     input: Annotated[str, AfterValidator(partial(normalized, samples=True))]
@@ -184,7 +184,9 @@ def read_settings(words: Sequence[str]) -> Settings:
         elif section in SECTIONS and name:
             fields[section][name] = parsed_yaml(word, text)
         elif not name and section in Settings.model_fields.keys() - {*PLACES, *SECTIONS}:
-            fields[section] = text if section == "delimiter" else parsed_yaml(word, text)
+            is_yaml = section != "delimiter"
+            is_text = section == "keep"
+            fields[section] = parsed_yaml(word, text, is_text=is_text) if is_yaml else text
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)

@@ -16,8 +16,8 @@ error. Keys, with their defaults:
                             default: as in training, or else concatenate
     columns.NAME=…          our column's name in the data, such as columns.text=review
     delimiter=…             of CSV; default: the one in the header
-    label_names={…}         the data's value for each label, such as {1: World, 2: Sports};
-                            default: as in training
+    label_names=…           the data's value for each label, such as {1: World, 2: Sports}, or
+                            all labels in the order of the outputs; default: as in training
     limit=…                 rows to read, or sequences of a text; default: all
     unigram=TRAIN_DATA      language modelling: also the perplexity of its token frequencies
     dtype=…                 of the weights: float32, bfloat16, float16; default: as stored
@@ -81,7 +81,7 @@ DataAddress = Annotated[str, AfterValidator(partial(normalized, samples=True))]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: Annotated[str, AfterValidator(normalized)]
     data: DataAddress
@@ -91,7 +91,7 @@ class Settings(BaseModel):
     packing: Packing | None = None
     columns: dict[str, str] = {}
     delimiter: Delimiter | None = None
-    label_names: dict[str, str] | None = None
+    label_names: list[str] | dict[str, str] | None = None
     limit: Positive | None = None
     unigram: DataAddress | None = None
     dtype: str | None = None
@@ -123,7 +123,8 @@ def read_settings(words: Sequence[str]) -> Settings:
             fields["columns"][name] = text
         elif key in Settings.model_fields and key not in ("checkpoint", "data", "columns"):
             is_yaml = key in ("batch_size", "sequence_length", "stride", "limit", "label_names")
-            fields[key] = parsed_yaml(word, text) if is_yaml else text
+            is_text = key == "label_names"
+            fields[key] = parsed_yaml(word, text, is_text=is_text) if is_yaml else text
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)
@@ -141,9 +142,9 @@ def measure(settings: Settings) -> dict[str, Any]:
     with ModelFolder.open(settings.checkpoint, revision=settings.revision) as folder:
         config = GPTJConfig.from_folder(folder)
         tokenizer = GPTJTokenizer.from_folder(folder)
-        training = folder.read_training_data()
+        training, record = folder.read_training_data(), folder.read_trained_labels()
     task = task_of(config, settings.checkpoint)
-    data = make_data(settings, task, config, tokenizer, training)
+    data = make_data(settings, task, config, tokenizer, training, record)
     result: dict[str, Any] = {
         "checkpoint": settings.checkpoint,
         "data": settings.data,
@@ -185,8 +186,14 @@ def make_data(
     config: GPTJConfig,
     tokenizer: GPTJTokenizer,
     training: dict[str, Any],
+    record: dict[str, Any],
 ) -> Any:
-    """The task's data set, cut as in training unless the settings say otherwise."""
+    """The task's data set, cut and its labels read as in training unless the settings differ.
+
+    Args:
+        training: the settings of the training's data, if known.
+        record: how that data wrote its labels, if known.
+    """
     length = settings.sequence_length or training.get("sequence_length", config.n_positions)
     if length > config.n_positions:
         raise ValueError(
@@ -206,10 +213,13 @@ def make_data(
     stride = settings.stride
     if stride is None:
         stride = training.get("stride", min(DEFAULT_STRIDE, length // 4))
-    labels = task.labels_of(config)
+    labels = task.labels_of(config, record)
     written = settings.label_names or training.get("label_names")
     if labels is not None and isinstance(written, dict):
         labels = labels.translated(written)
+    elif labels is not None and settings.label_names:
+        names = DataSettings(label_names=settings.label_names)
+        labels = task.known_labels(config, settings.checkpoint, names, record)
     packing = settings.packing or training.get("packing", "concatenate")
     options = DataSettings(sequence_length=length, stride=stride, packing=packing)
     data = read(settings, settings.data, task, tokenizer, options, labels, settings.limit)

@@ -66,7 +66,7 @@ logger = logging.getLogger("prepare_data")
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: Annotated[str, AfterValidator(partial(normalized, samples=True))]
     destination: Annotated[str, AfterValidator(normalized)]
@@ -111,7 +111,8 @@ def read_settings(words: Sequence[str]) -> Settings:
         if section == "columns" and name:
             fields["columns"][name] = value
         elif not name and section in Settings.model_fields.keys() - {"data", "destination"}:
-            fields[section] = parsed_yaml(word, value) if section == "label_names" else value
+            is_names = section == "label_names"
+            fields[section] = parsed_yaml(word, value, is_text=True) if is_names else value
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     if "tokenizer" not in fields:

@@ -183,7 +183,7 @@ def check_first_rows(address: str, settings: Settings) -> None:
     rows = read_rows(address, columns, data.columns, delimiter=data.delimiter)
     for row in islice(rows, FIRST_ROWS):
         if settings.task == "classification":
-            check_labelled(row, names)
+            check_labelled(row, names, data.problem_type)
         else:
             read_answers(row)
 
@@ -198,7 +198,11 @@ def _label_names(settings: Settings) -> LabelNames | None:
     problem_type = settings.data.problem_type if trained is None else trained.problem_type
     if problem_type == REGRESSION:
         return None
-    return settings.data.label_names or (None if trained is None else trained.names)
+    if settings.data.label_names or trained is None:
+        return settings.data.label_names or None
+    if trained.trained is None:
+        return trained.names
+    return {text: trained.names[number] for text, number in trained.trained.items()}
 
 
 def run_of(address: str) -> str:

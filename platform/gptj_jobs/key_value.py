@@ -21,10 +21,14 @@ def help_if_asked(words: Sequence[str], text: str | None) -> None:
         sys.exit(0)
 
 
-def parsed_yaml(word: str, text: str) -> Any:
-    """The YAML value of `text`, from the `word` key=text; ValueError with the word if invalid."""
+def parsed_yaml(word: str, text: str, *, is_text: bool = False) -> Any:
+    """The YAML value of `text`, from the `word` key=text; ValueError with the word if invalid.
+
+    Args:
+        is_text: a string, or a list or mapping of strings: 007 and no are not a number and a false.
+    """
     try:
-        return parse_yaml(text)
+        return parse_yaml(text, True if is_text else None)
     except YAMLError as error:
         raise ValueError(f"{word:.200}: the value is not valid YAML: {error}") from error
 

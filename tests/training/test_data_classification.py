@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,6 +234,86 @@ def test_the_type_of_text_cells_is_inferred_from_all_of_them(
     assert data.targets.tolist() == targets
 
 
+MEASURED = [f"{number / 7:.2f}" for number in range(200)]
+
+
+@pytest.mark.parametrize("odd", ["N/A", "nan", "-", "high", ".57", "+0.13", "0,57", "[1.5]"])
+@pytest.mark.parametrize("place", [0, 120, 200])
+def test_one_odd_cell_does_not_make_measured_values_names(
+    odd: str, place: int, tokenizer: GPTJTokenizer
+) -> None:
+    labels = [*MEASURED[:place], odd, *MEASURED[place:]]
+    message = (
+        rf"row {place + 1}, column 'label': is '{re.escape(odd)}',.* most of the 201 different "
+        r"labels are numbers, such as 0.\d\d; remedy: data.problem_type=regression .*with "
+        r"data.bad_rows=skip .*data.problem_type=single_label_classification"
+    )
+    with pytest.raises(DataError, match=message):
+        ClassificationData(cells(*labels), tokenizer, 32)
+    named = ClassificationData(cells(*labels), tokenizer, 32, problem_type=SINGLE)
+    assert len(named.labels.names) == 201
+
+
+@pytest.mark.parametrize("form", ["{:+.2f}", "{:.2f}"])
+def test_numbers_that_are_all_written_otherwise_are_not_names_either(
+    form: str, tokenizer: GPTJTokenizer
+) -> None:
+    texts = [form.format(number / 100).replace("0.", ".") for number in range(1, 40)]
+    with pytest.raises(DataError, match=r"row 1, .* which is not written as 0.5 is, but most"):
+        ClassificationData(cells(*texts), tokenizer, 32)
+    data = ClassificationData(cells(*texts), tokenizer, 32, problem_type=REGRESSION)
+    assert data.targets.tolist() == pytest.approx([number / 100 for number in range(1, 40)])
+    commas = [text.replace(".", ",") for text in texts]
+    with pytest.raises(DataError, match=r"row 1, .* which is not written as 0.5 is, but most"):
+        ClassificationData(cells(*commas), tokenizer, 32)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["1", "2", "3", "4", "other"],
+        ["3.5", "4", "3.5-turbo", "4-turbo"],
+        ["3.5", "3.5-turbo"],
+        ["0.5", "high", "low"],
+        ["1", "2", "1,2"],
+        ["1.0.1", "1.2.0", "1.2"],
+        ["10:30", "9.5", "x"],
+        ["2024-01-31", "2023-01-31", "0.5"],
+        ["0.5", *["N/A"] * 3, *["0.5"] * 9, "low"],  # each label counts once
+    ],
+)
+def test_names_with_numbers_among_them_stay_names(
+    labels: list[str], tokenizer: GPTJTokenizer
+) -> None:
+    data = ClassificationData(cells(*labels), tokenizer, 32)
+    assert data.labels == LabelSet(tuple(sorted(set(labels))), SINGLE)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "label", [NAN, INFINITY, -INFINITY, 1e300, 10**400, [0.5, NAN], [1e39], ["a", NAN]]
+)
+@pytest.mark.parametrize("problem_type", [None, SINGLE, MULTI, REGRESSION])
+def test_a_number_that_is_not_finite_is_a_bad_row(label: Any, problem_type: str | None) -> None:
+    (row,) = rows(label)
+    with pytest.raises(DataError, match=r"must be a finite number, got .*data.bad_rows=skip"):
+        check_label(row, None, problem_type)
+
+
+@pytest.mark.parametrize("label", ["a", "nan", "N/A", "0,5", "1e300", "[0.5, NaN]", '["a"]', "[]"])
+@pytest.mark.parametrize("form", [rows, cells])
+def test_what_is_no_number_is_a_bad_row_of_a_regression(form: Any, label: str) -> None:
+    (row,) = form(label)
+    with pytest.raises(DataError, match=r"must be a finite number, got .*data.bad_rows=skip"):
+        check_label(row, None, REGRESSION)
+    if "NaN" not in label or form is rows:
+        check_label(row)
+    for number in ("+0.5", ".5", "5.", "007", " 1e-3 ", "[0.5, 2]"):
+        check_label(cells(number)[0], None, REGRESSION)
+
+
 def test_settings_override_inferred_label_types(tokenizer: GPTJTokenizer) -> None:
     data = ClassificationData(cells("1", "5"), tokenizer, 32, problem_type=REGRESSION)
     assert data.targets.tolist() == [1.0, 5.0]
@@ -308,10 +390,15 @@ def test_class_numbers_from_one_can_be_mapped(form: Any, tokenizer: GPTJTokenize
             ClassificationData(form(*few), tokenizer, 32, label_names=names)
         assert "{1: World, 2: Sports, 3: Business, 4: Sci/Tech}" in str(error.value)
     trained = LabelSet.of(GPTJConfig(id2label=dict(enumerate(names)), problem_type=SINGLE))
+    for part in (labels[:1], labels[1:3]):  # indices, too, if the first class is not there
+        with pytest.raises(DataError) as error:
+            ClassificationData(form(*part), tokenizer, 32, trained)
+        assert "from 0 or from 1; remedy: say which, data.label_names={0: World" in str(error.value)
+        assert " or data.label_names={1: World, 2: Sports, 3: Bus" in str(error.value)
     with pytest.raises(
         DataError, match=r"numbers count from 0; remedy: .*data.label_names={1: World, 2: "
     ):
-        ClassificationData(form(*labels[1:3]), tokenizer, 32, trained)
+        ClassificationData(form(*labels[1:]), tokenizer, 32, trained)
     held_out = ClassificationData(form(*labels[1:3]), tokenizer, 32, trained.translated(given))
     assert held_out.targets.tolist() == [0, 1]
     with pytest.raises(ValueError, match="translates to 'Weather', which is not one of the labels"):
@@ -352,6 +439,68 @@ def test_evaluation_labels_are_read_like_the_training_data(tokenizer: GPTJTokeni
     assert ClassificationData(rows([0, 1]), tokenizer, 32, hot).targets.tolist() == [[0, 1]]
     with pytest.raises(DataError, match=r"row 2.*must be a 0 or 1 for each of 2 labels, got \[1\]"):
         ClassificationData(rows([0, 1], [1]), tokenizer, 32, hot)
+
+
+@pytest.mark.parametrize("form", [rows, cells])
+@pytest.mark.parametrize(
+    ("labels", "given", "part", "targets"),
+    [
+        ([0, 1], {"label_names": ["neg", "pos"]}, [1, 1], [1, 1]),
+        ([0, 1, 2], {"label_names": ["a", "b", "c"]}, [2, 1], [2, 1]),
+        ([0, 1, 2], {}, [1, 2], [1, 2]),
+        ([1, 2], {"label_names": {"1": "neg", "2": "pos"}}, [1, 1], [0, 0]),
+        (["n", "p"], {"label_names": {"n": "neg", "p": "pos"}}, ["p"], [1]),
+        ([1, 2, 3], {"label_names": ["1", "2", "3"]}, [2, 1], [1, 0]),
+        ([[0], [1], [0, 1], []], {}, [[0, 1]], [[1, 1]]),
+        ([[0], [1, 2]], {"label_names": ["a", "b", "c"]}, [[1], [2]], [[0, 1, 0], [0, 0, 1]]),
+        ([[0], [1, 2]], {"label_names": ["a", "b", "c"]}, [[0, 0, 1]], [[0, 0, 1]]),
+        ([[0, 1], [1, 1]], {}, [[0, 1]], [[0, 1]]),
+    ],
+)
+def test_part_of_the_labels_is_read_as_in_the_models_training(
+    form: Any,
+    labels: list[Any],
+    given: dict[str, Any],
+    part: list[Any],
+    targets: list[Any],
+    tokenizer: GPTJTokenizer,
+) -> None:
+    """By what training.json has; names are known to all models."""
+
+    def formed(values: list[Any]) -> list[Row]:
+        texts = [each if isinstance(each, str) else json.dumps(each) for each in values]
+        return form(*(texts if form is cells else values))
+
+    found = ClassificationData(formed(labels), tokenizer, 32, **given).labels
+    record = json.loads(json.dumps(found.record()))
+    config = GPTJConfig(id2label=found.id2label, problem_type=found.problem_type)
+    trained = LabelSet.of(config, record)
+    data = ClassificationData(formed(part), tokenizer, 32, trained)
+    assert data.targets.tolist() == targets
+    assert LabelSet.of(config, data.labels.record()).names == found.names
+    names = [[name] for name in found.names]
+    if found.problem_type == SINGLE:
+        named = ClassificationData(rows(*found.names), tokenizer, 32, trained)
+        assert named.targets.tolist() == list(range(len(names)))
+    else:
+        named = ClassificationData(rows(*names), tokenizer, 32, trained)
+        assert named.targets.tolist() == torch.eye(len(names)).tolist()
+
+
+def test_a_models_training_does_not_keep_other_data_from_being_named(
+    tokenizer: GPTJTokenizer,
+) -> None:
+    config = GPTJConfig(id2label={0: "neg", 1: "pos"}, problem_type=SINGLE)
+    mapped = LabelSet.of(config, {"written": {"neg": 0, "pos": 1, "1": 0, "2": 1}})
+    with pytest.raises(DataError, match=r"0 is not one of .*data.label_names={0: neg, 1: pos}"):
+        ClassificationData(rows(0, 1), tokenizer, 32, mapped)
+    named = mapped.translated({"0": "neg", "1": "pos"})
+    assert ClassificationData(rows(0, 1), tokenizer, 32, named).targets.tolist() == [0, 1]
+    by_name = LabelSet.of(config, {"written": {"neg": 0, "pos": 1}})
+    assert ClassificationData(rows(0, 1), tokenizer, 32, by_name).targets.tolist() == [0, 1]
+    other = LabelSet.of(config, {"written": {"0": 0, "1": 1, "2": 2}})  # of another head
+    assert other.trained is None
+    assert ClassificationData(rows(0.5, 1), tokenizer, 32).labels.record() is None
 
 
 NUMBERED = ("LABEL_0", "LABEL_1", "LABEL_2")

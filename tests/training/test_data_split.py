@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,7 @@ from gptj.data.rows import DataError, Row
 from gptj.data.split import LONG_TEXT, Split, split_rows
 from gptj.training.dataset import node_data
 from gptj.training.settings import SettingsError, read_settings
+from gptj.training.tasks import Data
 from gptj.training.tokenizer import prepare_tokenizer
 
 
@@ -82,6 +86,73 @@ def test_a_run_trains_on_one_part_and_evaluates_on_the_other(tmp_path: Path) -> 
     assert data.evaluation is not None
     assert (len(data.train), len(data.evaluation)) == (180, 20)
     assert data.fingerprints["train"] != data.fingerprints["evaluation"]
+
+
+# The labels of 40 rows but one, which is the rare one; and the names of all.
+RARE: dict[str, tuple[list[Any], Any, tuple[str, ...]]] = {
+    "name": (["c0", "c1", "c2"], "rare", ("c0", "c1", "c2", "rare")),
+    "middle number": ([0, 2, 3], 1, ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3")),
+    "highest number": ([0, 1, 2], 3, ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3")),
+    "digits and one name": (["0", "1", "2"], "other", ("0", "1", "2", "other")),
+    "list of names": ([["a"], ["a", "b"]], ["zz"], ("a", "b", "zz")),
+    "list of numbers": ([[0], [0, 1]], [2], ("LABEL_0", "LABEL_1", "LABEL_2")),
+}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+@pytest.mark.parametrize("kind", RARE)
+def test_a_rare_label_may_be_in_either_part(kind: str, form: str, tmp_path: Path) -> None:
+    """Whatever the seed: the parts are one data set, and have the same labels."""
+    common, rare, names = RARE[kind]
+    labels = [rare if number == 7 else common[number % len(common)] for number in range(40)]
+    file = tmp_path / f"rows.{form}"
+    if form == "csv":
+        with file.open("w", newline="") as opened:
+            texts = [each if isinstance(each, str) else json.dumps(each) for each in labels]
+            rows = [(f"text {number}", text) for number, text in enumerate(texts)]
+            csv.writer(opened).writerows([("text", "label"), *rows])
+    else:
+        fields = [{"text": f"text {number}", "label": each} for number, each in enumerate(labels)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in fields))
+    tokenizer = GPTJTokenizer.train(["text 0123456789"], 270)
+    held_out = set()
+    for seed in range(8):
+        words = [f"data.train={file}", "task=classification", f"storage={tmp_path}"]
+        settings = read_settings([*words, "data.evaluation_split=0.3", f"seed={seed}"])
+        folder = tmp_path / f"examples-{seed}"
+        folder.mkdir()
+        data = node_data(settings, tokenizer, folder)
+        assert data.train.labels is not None and data.evaluation is not None
+        assert data.train.labels == data.evaluation.labels
+        assert data.train.labels.names == names
+        counts = [_of(data.train, names, rare), _of(data.evaluation, names, rare)]
+        assert sorted(counts) == [0, 1]
+        held_out.add(counts[1])
+    assert held_out == {0, 1}
+
+
+def _of(data: Data, names: Sequence[str], rare: Any) -> int:
+    """Examples of the rare label."""
+    (rare,) = rare if isinstance(rare, list) else [rare]
+    number = rare if isinstance(rare, int) else names.index(rare)
+    targets = [data[index].target for index in range(len(data))]
+    return sum(bool(each[number] if each.ndim else each == number) for each in targets)
+
+
+def test_a_label_of_separate_evaluation_data_must_be_one_of_the_training_data(
+    tmp_path: Path,
+) -> None:
+    for name, labels in (("train", "ab"), ("evaluation", "abc")):
+        rows = "".join(f"text,{label}\n" for label in labels)
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{rows}")
+    settings = read_settings(
+        [f"data.{name}={tmp_path}/{name}.csv" for name in ("train", "evaluation")]
+        + ["task=classification", f"storage={tmp_path}"]
+    )
+    with pytest.raises(
+        DataError, match=r"evaluation.csv, row 3, .* 'c' is not one of the labels a"
+    ):
+        node_data(settings, GPTJTokenizer.train(["text"], 270), tmp_path)
 
 
 @pytest.mark.parametrize(

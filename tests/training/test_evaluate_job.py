@@ -35,6 +35,7 @@ from gptj.training.sections import DataSettings
 from gptj.training.tasks import TASKS
 from gptj.training.tasks.causal_lm import unigram_perplexity
 from gptj_local.s3 import LocalS3
+from jobs import batch_inference, prepare_data
 from jobs.evaluate import measure, read, read_settings
 
 PROGRAM = Path(__file__).resolve().parents[2] / "jobs" / "evaluate.py"
@@ -246,6 +247,18 @@ def test_a_wrong_command_line_is_explained(words: list[str], message: str) -> No
         read_settings(words)
 
 
+def test_label_names_are_text_as_written() -> None:
+    """Also where YAML has numbers and truth values."""
+    words = ["model", "data", "label_names={01: no, 1e1: yes, 2026-11-28: 1.50}"]
+    expected = {"01": "no", "1e1": "yes", "2026-11-28": "1.50"}
+    assert read_settings(words).label_names == expected
+    prepared = prepare_data.read_settings([*words, "tokenizer=t", "task=classification"])
+    assert prepared.label_names == expected
+    words = ["model", "data", "out", "keep=[01, no]", "chunk_rows=010"]
+    inferred = batch_inference.read_settings(words)
+    assert (inferred.keep, inferred.chunk_rows) == (("01", "no"), 8)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -333,6 +346,34 @@ def test_labels_are_read_as_in_training_or_as_set(
         assert found["loss"] == expected["loss"]
     swapped = measure(read_settings([other, *words, "label_names={1: Sports, 2: World}"]))
     assert swapped["accuracy"] == pytest.approx(1 - float(expected["accuracy"]))
+
+
+def test_a_part_of_the_labels_is_evaluated_as_training_read_them(
+    tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    """Only ones of 0 and 1, by the record in training.json; without it, both readings are named."""
+    rows = [{"text": TEXTS[n % 2], "label": 1} for n in range(8)]
+    ones = written(tmp_path / "ones.jsonl", rows)
+    named = written(tmp_path / "named.jsonl", [{**row, "label": "pos"} for row in rows])
+    labels = {"id2label": {0: "neg", 1: "pos"}}
+    record = {"written": {"neg": 0, "pos": 1, "0": 0, "1": 1}, "multi_hot": None}
+    folders = [
+        saved(GPTJForSequenceClassification, tokenizer, tmp_path / name, training, **labels)
+        for name, training in (("now", {"labels": record}), ("earlier", trained_with()))
+    ]
+    expected, earlier = [measure(read_settings([each, named])) for each in folders]
+    assert measure(read_settings([folders[0], ones]))["loss"] == expected["loss"]
+    both = "data.label_names={0: neg, 1: pos} or data.label_names={1: neg, 2: pos}"
+    with pytest.raises(ValueError, match=both):
+        measure(read_settings([folders[1], ones]))
+    for words in ([folders[0], named], [folders[0], ones], [folders[1], named]):
+        found = measure(read_settings([*words, "label_names=[neg, pos]"]))
+        assert found["loss"] == earlier["loss"]
+    found = measure(read_settings([folders[1], ones, "label_names={0: neg, 1: pos}"]))
+    assert found["loss"] == earlier["loss"]
+    for wrong, message in (("[pos, neg]", "ordered differently"), ("[a, b, c]", "has 3")):
+        with pytest.raises(ValueError, match=message):
+            measure(read_settings([folders[0], ones, f"label_names={wrong}"]))
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "csv.gz"])

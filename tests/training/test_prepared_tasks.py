@@ -15,12 +15,12 @@ from gptj import GPTJTokenizer
 from gptj.data import labels as label_rows
 from gptj.data.batches import BatchOrder
 from gptj.data.prepared import Prepared
-from gptj.data.preparing import Plan, prepare
+from gptj.data.preparing import Plan, differences, prepare
 from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.rows import DataError, Row
 from gptj.data.shards import TaskName
 from gptj.data.sources import read_rows
-from gptj.training.dataset import node_data, prepare_run_data
+from gptj.training.dataset import node_data, prepare_run_data, raw_plan
 from gptj.training.loader import Loader
 from gptj.training.settings import Settings, SettingsError
 
@@ -118,6 +118,53 @@ def test_prepared_text_pairs_are_truncated_like_raw_ones(
     expected = make_data(settings_of(tmp_path, "classification", address, **options), tokenizer)
     settings = settings_of(tmp_path, "classification", folder, **options)
     same(node_data(settings, tokenizer, tmp_path).train, expected.train)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+@pytest.mark.parametrize(
+    ("labels", "bad", "options", "names"),
+    [
+        ([0.5, 1.5, 2.25], [float("nan"), 1e300], {"problem_type": "regression"}, ["LABEL_0"]),
+        ([0.5, 1.5, 2.25], ["high", "nan"], {"problem_type": "regression"}, ["LABEL_0"]),
+        ([[0.5, 1.5], [2, 3]], [[0.5, float("nan")]], {}, ["LABEL_0", "LABEL_1"]),
+        ([[0.5, 1.5]], [[0.5, "a"]], {"problem_type": "regression"}, ["LABEL_0", "LABEL_1"]),
+    ],
+)
+def test_labels_that_are_no_finite_numbers_are_bad_rows(
+    labels: list[Any],
+    bad: list[Any],
+    options: dict[str, Any],
+    names: list[str],
+    form: str,
+    tmp_path: Path,
+    tokenizer: GPTJTokenizer,
+) -> None:
+    values = [*labels, bad[0], *labels, *bad[1:], *labels]
+    rows = [{"text": f"{n} {WORDS}", "label": value} for n, value in enumerate(values)]
+    address = write(tmp_path, f"rows.{form}", rows)
+    with pytest.raises(
+        DataError, match=rf"row {len(labels) + 1},.* must be a finite number, .*data.bad_rows=skip"
+    ):
+        node_data(settings_of(tmp_path, "classification", address, **options), tokenizer, tmp_path)
+    settings = settings_of(tmp_path, "classification", address, bad_rows="skip", **options)
+    prepared = prepare_run_data(settings, tokenizer, None, prepare)
+    found = node_data(settings, tokenizer, tmp_path, prepared).train
+    assert found.labels is not None and list(found.labels.names) == names
+    assert [found[n].target.tolist() for n in range(len(found))] == 3 * labels
+    assert Prepared.at(prepared["train"]).index.skipped == len(bad)  # type: ignore[union-attr]
+
+
+def test_a_run_that_was_prepared_before_problem_type_was_recorded_resumes(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    rows = [{"text": WORDS, "label": n % 5} for n in range(9)]
+    address = write(tmp_path, "rows.jsonl", rows)
+    settings = settings_of(tmp_path, "classification", address, problem_type="regression")
+    plan = raw_plan(settings, "train", tokenizer)
+    before = json.loads(plan.to_json())
+    assert differences({**before, "problem_type": None}, plan) == ["problem_type"]
+    del before["problem_type"]
+    assert differences(before, plan) == []
 
 
 def test_label_names_of_prepared_data_need_not_be_repeated(

@@ -117,7 +117,8 @@ def test_settings_are_shown_without_the_defaults(tmp_path: Path) -> None:
         ),
         (["model.config.dtype=bfloat16"], "dtype cannot be set here; use deepspeed.precision"),
         (["model.config={n_layer: 1, num_hidden_layers: 2}"], "num_hidden_layers=2 contradicts n_"),
-        (["steps=6", "optimizer.warmup_steps=1000"], "warmup_steps=1000 is more than .* 6 steps"),
+        (["steps=6", "optimizer.warmup_steps=1000"], "warmup_steps=1000 is not below .* 6 steps"),
+        (["steps=6", "optimizer.warmup_steps=6"], "warmup_steps=6 is not below the run's 6 steps"),
         (
             ["data.columns.txt=review"],
             "data.columns.txt: task=causal-lm has no such column; .* text",
@@ -173,11 +174,14 @@ def test_an_epoch_leaves_no_row_out(rows: int, batch: int) -> None:
         assert some.total_steps(rows) == max(1, -(-tenths * rows // (10 * batch)))
 
 
-def test_a_warm_up_longer_than_the_run_is_refused_once_the_data_is_known() -> None:
+def test_a_warm_up_as_long_as_the_run_is_refused_once_the_data_is_known() -> None:
     settings = read_settings(["batch_size=16", "optimizer.warmup_steps=7"])
-    assert settings.total_steps(7 * 16) == 7
-    with pytest.raises(SettingsError, match="warmup_steps=7 is more than the run's 6 steps"):
-        settings.total_steps(6 * 16)
+    total = settings.total_steps(8 * 16)
+    assert learning_rate_share(settings.optimizer, total - 1, total) == 1
+    assert learning_rate_share(settings.optimizer, total - 2, total - 1) < 1
+    for steps in (6, 7):
+        with pytest.raises(SettingsError, match=f"warmup_steps=7 is not below .* {steps} steps"):
+            settings.total_steps(steps * 16)
 
 
 def test_a_duplicate_key_in_a_file_is_refused(tmp_path: Path) -> None:
@@ -210,6 +214,80 @@ def test_label_names_are_a_list_or_a_mapping_of_data_values() -> None:
     after = read_settings(["task=classification", "data.label_names={2: a, 1: b}"])
     (difference,) = changed(before.model_dump(mode="json"), after.model_dump(mode="json"))
     assert difference.startswith("data.label_names was {'1': 'a', '2': 'b'} and is now")
+
+
+# YAML takes all of these for something else than text.
+UNQUOTED = (
+    *("20261128_1042", "0012345", "0x1f", "1e-4", "12e4567", "1.0", "1.50", "2026-11-28", "nan"),
+    *("no", "yes", "on", "off", "true", "False"),
+)
+
+
+@pytest.mark.parametrize("text", UNQUOTED)
+def test_text_stays_as_it_is_written(text: str, tmp_path: Path) -> None:
+    """On the command line and in a file, quoted or not, also in lists and mappings."""
+    for written in (text, f"'{text}'"):
+        words = ["task=classification", f"run={written}", "data.train=x"]
+        words += [f"data.columns.text={written}", f"data.label_names=[{written}, other]"]
+        words += [f"model.checkpoint={written}", f"model.revision={written}"]
+        (tmp_path / "s.yaml").write_text(
+            f"task: classification\nrun: {written}\n"
+            f"data: {{train: x, columns: {{text: {written}}}, label_names: [{written}, other]}}\n"
+            f"model: {{checkpoint: {written}, revision: {written}}}\n"
+        )
+        for given in (words, [str(tmp_path / "s.yaml")]):
+            settings = read_settings(given)
+            assert settings.run == settings.model.checkpoint == settings.model.revision == text
+            assert settings.data.columns == {"text": text}
+            assert settings.data.label_names == [text, "other"]
+            (tmp_path / "again.yaml").write_text(settings.to_yaml())
+            assert read_settings([str(tmp_path / "again.yaml")]) == settings
+    mapped = read_settings(["task=classification", f"data.label_names={{{text}: {text}, 2: b}}"])
+    assert mapped.data.label_names == {text: text, "2": "b"}
+
+
+def test_what_is_not_text_is_read_as_yaml() -> None:
+    words = ["seed=0x10", "steps=1_000", "batch_size=1e1", "model.config={n_layer: 0x3}"]
+    words += ["optimizer={learning_rate: 1.0e-5, beta1: 0.5}", "deepspeed.stage=3"]
+    words += ["deepspeed.offload_optimizer=yes", "workers.count=[1, 2]", "tracking.mlflow=null"]
+    words += ["tracking.wandb=~", "adapter=null", "evaluate_every=null"]
+    settings = read_settings(words)
+    assert (settings.seed, settings.steps, settings.batch_size) == (16, 1000, 10)
+    assert settings.model.config == {"n_layer": 3}
+    assert (settings.optimizer.learning_rate, settings.optimizer.beta1) == (1e-5, 0.5)
+    assert settings.deepspeed.offload_optimizer
+    assert settings.workers.count == (1, 2)
+    assert settings.tracking.mlflow is settings.tracking.wandb is settings.adapter is None
+
+
+def test_null_is_a_label_as_a_word_only() -> None:
+    named = read_settings(["task=classification", "data.label_names=[null, a]"])
+    assert named.data.label_names == ["null", "a"]
+    for nothing in ("[~, a]", "null", "{a: }"):
+        with pytest.raises(
+            SettingsError, match=r"data.label_names.*: Input should be .* got .*None"
+        ):
+            read_settings(["task=classification", f"data.label_names={nothing}"])
+    with pytest.raises(SettingsError, match="run: Input should be a valid string, got None"):
+        read_settings(["run=null"])
+
+
+def test_aliases_and_merged_keys_are_read_where_they_are_used(tmp_path: Path) -> None:
+    """A number under one key can be text under another."""
+    (tmp_path / "s.yaml").write_text(
+        "seed: &n 0x10\nrun: *n\ntask: classification\nsteps: 010\n"
+        "data:\n  <<: {train: 007, sequence_length: 0x20}\n  label_names: &l [01, *n]\n"
+    )
+    settings = read_settings([str(tmp_path / "s.yaml")])
+    assert (settings.seed, settings.run, settings.steps) == (16, "0x10", 8)
+    assert (settings.data.train, settings.data.sequence_length) == ("007", 32)
+    assert settings.data.label_names == ["01", "0x10"]
+    (tmp_path / "s.yaml").write_text("on: 5\n")
+    with pytest.raises(SettingsError, match="on: unknown setting"):
+        read_settings([str(tmp_path / "s.yaml")])
+    for recursive in ("data.label_names=&a [*a]", "run=&a {b: *a}"):
+        with pytest.raises(SettingsError, match="Input should be a valid string"):
+            read_settings(["task=classification", recursive])
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,14 @@ from gptj.errors import CheckpointError
 from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
 from gptj.storage.lease import LeaseLostError
 from gptj.training import loop, progress
+from gptj.training.dataset import node_data
 from gptj.training.deepspeed_config import deepspeed_config
 from gptj.training.evaluation import evaluate
 from gptj.training.failures import UnrecoverableError
 from gptj.training.loader import StepBatches
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
-from gptj.training.settings import Settings, SettingsError
+from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import (
     Progress,
     check_resumable,
@@ -65,6 +66,7 @@ from gptj.training.state import (
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tokenizer import prepare_tokenizer
 from gptj.training.trackers import Trackers
+from jobs import evaluate as evaluate_job
 
 STEPS = 6
 PICTURED = "stage-2"
@@ -573,6 +575,7 @@ def continued(two_ranks: Path) -> dict[str, Settings]:
             "stride": 16,
         },
         model={"config": {**MODEL, "n_positions": 128}},
+        optimizer={"warmup_steps": 1},
         deepspeed={"stage": 3},
         workers={"count": 2},
     )
@@ -637,6 +640,11 @@ VARIED_TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], set[str]]] =
         ],
         {"loss", "accuracy", "f1"},
     ),
+    "numbered": (
+        {"task": "classification", "data": {"label_names": ["neg", "pos"]}},
+        [{"text": "bad and worse", "label": 0}, {"text": "good and better", "label": 1}],
+        {"loss", "accuracy", "f1"},
+    ),
     "regression": (
         {"task": "classification", "data": {"problem_type": "regression"}},
         [{"text": "much", "label": 9}, {"text": "little", "label": 1}],
@@ -674,6 +682,24 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
         runs[name] = settings_of(folder, name, batch_size=4, **more)
     run_ranks(1, list(runs.values()))
     return runs
+
+
+@pytest.mark.slow
+def test_further_data_with_only_ones_is_read_as_the_models_training_read_it(
+    tasks: dict[str, Settings], tmp_path: Path
+) -> None:
+    model = tasks["numbered"].model_folder
+    path = tmp_path / "ones.jsonl"
+    path.write_text('{"text": "good and better", "label": 1}\n' * 4)
+    measured = evaluate_job.measure(evaluate_job.read_settings([model, str(path), "device=cpu"]))
+    assert measured["accuracy"] == 1
+    words = [f"data.train={path}", "task=classification", f"storage={tmp_path}"]
+    further = read_settings([*words, f"model.checkpoint={model}", "data.sequence_length=16"])
+    data = node_data(further, prepare_tokenizer(further), tmp_path).train
+    assert [data[index].target.tolist() for index in range(len(data))] == [1] * 4
+    for name, other in tasks.items():
+        training = json.loads(Path(other.model_folder, "training.json").read_text())
+        assert (training["labels"] is None) == (name in ("regression", "answers"))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
-from gptj.checkpoints.folder import training_data
+from gptj.checkpoints.folder import trained_labels, training_data
 from gptj.checkpoints.manifest import LIMIT_BYTES, MANIFEST, FolderWriter, Manifest
 from gptj.checkpoints.tensor_file import read_header
 from gptj.checkpoints.weights import TensorSpec, read_weights, write_weights
@@ -186,3 +186,14 @@ def test_a_damaged_training_file_is_refused(content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"x/training\.json is damaged"):
         training_data(content, "x/training.json")
     assert training_data(b"{}", "x/training.json") == {}
+
+
+@pytest.mark.parametrize(
+    "labels", ["[1]", "3", '{"written": ["a"]}', '{"written": {"a": "b"}}', '{"a": 1}']
+)
+def test_damaged_labels_in_a_training_file_are_refused(labels: str) -> None:
+    content = f'{{"labels": {labels}}}'.encode()
+    with pytest.raises(CheckpointError, match=r"x/training\.json is damaged: its labels"):
+        trained_labels(content, "x/training.json")
+    for nothing in (b"{}", b'{"labels": null}'):
+        assert trained_labels(nothing, "x/training.json") == {}

@@ -226,6 +226,27 @@ def test_an_adapter_is_not_put_on_4_bit_weights(folders: tuple[str, str], tmp_pa
         GPTJForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("writer", ["ours", "PEFT"])
+def test_an_adapter_must_be_merged_before_its_weights_are_converted(
+    writer: str, folders: tuple[str, str], tmp_path: Path
+) -> None:
+    model = GPTJForCausalLM.from_pretrained(folders[0])
+    add_lora(model, LoRAConfig(4))
+    adapter = tmp_path / "adapter"
+    model.save_adapter(adapter, base=Base(folders[0]))
+    if writer == "PEFT":
+        for path in adapter.iterdir():
+            if not path.name.startswith("adapter_"):
+                path.unlink()
+    target = str(tmp_path / "target")
+    for convert in (
+        lambda: quantize_model(str(adapter), target, None),
+        lambda: export_weights(str(adapter), target, format="flax"),
+    ):
+        with pytest.raises(CheckpointError, match=r"is an adapter, .*jobs/merge_adapter.py BASE"):
+            convert()
+
+
 def test_a_null_quantization_config_means_none(folders: tuple[str, str], tmp_path: Path) -> None:
     """Hugging Face may write one."""
     address = str(tmp_path / "model")

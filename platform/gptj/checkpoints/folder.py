@@ -237,6 +237,12 @@ class ModelFolder:
             return {}
         return training_data(self.read(TRAINING), storage.join(self.address, TRAINING))
 
+    def read_trained_labels(self) -> dict[str, Any]:
+        """How training's data wrote a classifier's labels (LabelSet.record); empty if unknown."""
+        if TRAINING not in self:
+            return {}
+        return trained_labels(self.read(TRAINING), storage.join(self.address, TRAINING))
+
     def read_weights(
         self, kinds: Sequence[tuple[str, str]] = KINDS
     ) -> Iterator[tuple[str, Tensor]]:
@@ -289,6 +295,20 @@ def training_data(content: bytes, address: str) -> dict[str, Any]:
         if not isinstance(fields, dict):
             raise CheckpointError(f"{address} is damaged: its {name} must be an object")
     return cast(dict[str, Any], fields)
+
+
+def trained_labels(content: bytes, address: str) -> dict[str, Any]:
+    """How training's data wrote a classifier's labels, from a `training.json`; empty if unknown.
+
+    Raises CheckpointError if the file is damaged.
+    """
+    found: Any = parse_object(content, address).get("labels") or {}
+    written = found.get("written") if isinstance(found, dict) else None
+    if found and not (
+        isinstance(written, dict) and all(type(number) is int for number in written.values())
+    ):
+        raise CheckpointError(f"{address} is damaged: its labels must have an index for each text")
+    return cast(dict[str, Any], found)
 
 
 def _locate(

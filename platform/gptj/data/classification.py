@@ -33,6 +33,7 @@ from gptj.data.labels import (
     DistinctLabels,
     LabelNames,
     LabelSet,
+    ReadLabels,
     read_labels,
 )
 from gptj.data.prepared import Prepared, PreparedTable
@@ -40,7 +41,14 @@ from gptj.data.rows import DataError, Row
 from gptj.data.shards import lists_in
 from gptj.tokenizer import GPTJTokenizer
 
-__all__ = ["MULTI_LABEL", "REGRESSION", "SINGLE_LABEL", "ClassificationData", "LabelSet"]
+__all__ = [
+    "MULTI_LABEL",
+    "REGRESSION",
+    "SINGLE_LABEL",
+    "ClassificationData",
+    "LabelSet",
+    "read_all_labels",
+]
 
 LABELS_AT_ONCE = 4096  # rows; multi-label targets take a number per row and label
 MAX_COUNTED = 20  # most labels listed in a summary
@@ -131,12 +139,7 @@ class ClassificationData:
             CheckpointError: for a damaged shard.
         """
         prepared.check("classification", tokenizer)
-        distinct = DistinctLabels()
-        for table in prepared.tables():
-            for rows, _ in _labelled_rows(table):
-                for row in rows:
-                    distinct.add(row)
-        found, _, reading = read_labels(distinct.rows, labels, label_names, problem_type)
+        found, _, reading = read_all_labels([prepared], labels, label_names, problem_type)
         fields = {
             "max_length": max_length,
             "padding": padding_id(tokenizer),
@@ -206,6 +209,25 @@ class ClassificationData:
 
     def count_tokens(self, batch: dict[str, Tensor]) -> int:
         return count_real_tokens(batch)
+
+
+def read_all_labels(
+    sources: Iterable[Prepared],
+    labels: LabelSet | None = None,
+    label_names: LabelNames | None = None,
+    problem_type: str | None = None,
+) -> ReadLabels:
+    """The labels of prepared data, as one data set, and the targets of its distinct labels.
+
+    Memory holds one shard, and each distinct label once. Arguments and errors as in `read_labels`.
+    """
+    distinct = DistinctLabels()
+    for prepared in sources:
+        for table in prepared.tables():
+            for rows, _ in _labelled_rows(table):
+                for row in rows:
+                    distinct.add(row)
+    return read_labels(distinct.rows, labels, label_names, problem_type)
 
 
 def _nonempty(row: Row, column: str) -> str:

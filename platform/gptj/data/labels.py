@@ -36,6 +36,8 @@ class LabelSet:
     # Class index by value in the data, and whether lists are multi-hot; None: not yet known.
     written: Mapping[str, int] | None = field(default=None, compare=False)
     multi_hot: bool | None = field(default=None, compare=False)
+    # Like `written`, in the data of the model's training: for data of which nothing else is known.
+    trained: Mapping[str, int] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.problem_type not in PROBLEM_TYPES:
@@ -48,12 +50,27 @@ class LabelSet:
             raise ValueError(f"all rows have the label {self.names[0]!r}: nothing to classify")
 
     @classmethod
-    def of(cls, config: GPTJConfig) -> LabelSet:
-        """The labels that a model was trained on."""
+    def of(cls, config: GPTJConfig, record: Mapping[str, Any] | None = None) -> LabelSet:
+        """The labels that a model was trained on.
+
+        Args:
+            record: of its training (LabelSet.record), if known. It has no effect if the labels'
+                names alone were written.
+        """
         names = tuple(config.id2label[number] for number in range(config.num_labels))
         # Hugging Face's rule if problem_type is unset.
         default = REGRESSION if len(names) == 1 else SINGLE_LABEL
-        return cls(names, config.problem_type or default)
+        found = cls(names, config.problem_type or default)
+        written = dict((record or {}).get("written", {}))
+        if written.keys() <= set(names) or not set(written.values()) <= set(range(len(names))):
+            return found
+        return replace(found, trained=written, multi_hot=(record or {}).get("multi_hot"))
+
+    def record(self) -> dict[str, Any] | None:
+        """How the data wrote the labels, as JSON for `of`; None for measured values."""
+        if self.written is None:
+            return None
+        return {"written": dict(self.written), "multi_hot": self.multi_hot}
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -72,7 +89,8 @@ class LabelSet:
                 f"{_some(self.names)}"
             )
         numbers = {key: self.names.index(name) for key, name in written.items()}
-        return replace(self, written=_by_name(self.names) | numbers)
+        both = _by_name(self.names) | numbers
+        return replace(self, written=both, multi_hot=None, trained=None)
 
 
 class ReadLabels(NamedTuple):
@@ -114,11 +132,12 @@ def read_labels(
             return _read_single(found, known, kind)
 
 
-def check_label(row: Row, names: LabelNames | None = None) -> None:
+def check_label(row: Row, names: LabelNames | None = None, problem_type: str | None = None) -> None:
     """DataError for a label that is invalid whatever the other rows have.
 
     Args:
         names: of all labels; None: not yet known.
+        problem_type: one of gptj.config.PROBLEM_TYPES; None: not yet known.
     """
     value = row.value("label")
     if isinstance(value, str) and not row.typed:
@@ -135,6 +154,18 @@ def check_label(row: Row, names: LabelNames | None = None) -> None:
             f"must be a name, a class number, a float, or a list of names or of numbers, "
             f"got {shown(value)}",
         )
+    if problem_type == REGRESSION and not row.typed and isinstance(value, str):
+        values = [float(value) if _MEASURED.fullmatch(value) else value]
+    odd = [each for each in values if not _is_finite(each)]
+    measured = problem_type == REGRESSION
+    if any(map(_is_number, odd)) or (measured and (odd or not values)):
+        raise row.error(
+            "label",
+            f"must be a finite number, got {shown(value)}; remedy: correct it, or "
+            f"data.bad_rows=skip to leave out such rows",
+        )
+    if measured:
+        return
     numbers = all(isinstance(each, int | float) for each in values)
     if names is None or (numbers and len(values) == len(names)):  # may be regression values
         return
@@ -240,6 +271,11 @@ class _Known:
 
 def _known(labels: LabelSet | None, names: LabelNames | None, problem_type: str | None) -> _Known:
     if labels is not None:
+        if labels.written is None and labels.trained is not None:
+            # Of three labels or more, lists are never both names' numbers and multi-hot.
+            multi_hot = labels.multi_hot if len(labels.names) < 3 else None
+            written = _by_name(labels.names) | dict(labels.trained)
+            labels = replace(labels, written=written, multi_hot=multi_hot)
         table = labels.written or _by_name(labels.names)
         decided = labels.written is not None
         return _Known(labels.problem_type, labels.names, table, decided, labels)
@@ -257,6 +293,10 @@ def _known(labels: LabelSet | None, names: LabelNames | None, problem_type: str 
 # Numbers in canonical notation: 001 and +1 are names.
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
+# Where labels are known to be numbers, these are some too.
+_MEASURED = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+# Also with a comma, which is never read as a point.
+_FRACTION = re.compile(r"[+-]?[0-9]*[.,][0-9]+([eE][+-]?[0-9]+)?")
 _LIKE_A_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
@@ -290,12 +330,39 @@ def _typed(labels: Sequence[_Label], known: _Known) -> list[_Label]:
     if problem_type == MULTI_LABEL:
         return all_as(str)
     if problem_type == REGRESSION:
-        return all_as(lambda text: float(text) if _NUMBER.fullmatch(text) else text)
+        return all_as(lambda text: float(text) if _MEASURED.fullmatch(text) else text)
     if all(_WHOLE.fullmatch(text) for text in texts):
         return all_as(int)
     if (problem_type is None or table) and all(_NUMBER.fullmatch(text) for text in texts):
         return all_as(float)
+    if problem_type is None and table is None:
+        _refuse_odd_numbers(labels, texts)
     return all_as(str)
+
+
+def _refuse_odd_numbers(labels: Sequence[_Label], texts: Sequence[str]) -> None:
+    """DataError if most labels, but not all, are numbers with fractions: measured, or names.
+
+    Otherwise one cell such as N/A would make each number a class. Distinct labels are counted, so
+    that many rows with N/A change nothing.
+    """
+    distinct = dict.fromkeys(texts)
+    fractions = [text for text in distinct if _FRACTION.fullmatch(text)]
+    if 2 * len(fractions) <= len(distinct):
+        return
+    odd, text = next(
+        (label, text)
+        for label, text in zip(labels, texts, strict=True)
+        if not _NUMBER.fullmatch(text)
+    )
+    example = next(filter(_NUMBER.fullmatch, fractions), fractions[0])
+    written = ", which is not written as 0.5 is" if _FRACTION.fullmatch(text) else ""
+    raise odd.error(
+        f"is {shown(text)}{written}, but most of the {len(distinct)} different labels are numbers, "
+        f"such as {example}; remedy: data.problem_type={REGRESSION} for values to predict, "
+        f"with data.bad_rows=skip to leave out rows without one, or "
+        f"data.problem_type={SINGLE_LABEL} for names"
+    )
 
 
 def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
@@ -313,9 +380,15 @@ def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
         # Find a kind that the first row matches and another does not.
         other = next((label for label in labels if not kind(label.value)), first)
         if kind(first.value) and other is not first:
+            skip = (
+                f", or data.problem_type={REGRESSION} and data.bad_rows=skip to leave out those "
+                f"that are no number"
+                if _is_number(first.value) or _is_number(other.value)
+                else ""
+            )
             raise other.error(
                 f"is {shown(other.value)}, but that of {first.row} is {shown(first.value)}; "
-                f"remedy: one kind of label in all rows"
+                f"remedy: one kind of label in all rows{skip}"
             )
     raise first.error(
         f"must be a name, a class number, a float, or a list of names or of numbers, "
@@ -427,11 +500,16 @@ def _refuse_two_readings(
     """
     numbers = sorted(set(map(int, values)))
     if len(numbers) > 1 and numbers[0] == 1 and numbers[-1] < len(names):
-        raise labels[0].error(
-            f"whole numbers from 1 to {numbers[-1]}, without 0, can count the labels "
-            f"{_some(names)} from 0 or from 1; remedy: say which, "
-            f"data.label_names={_mapping(names, 0)} or data.label_names={_mapping(names, 1)}"
-        )
+        raise labels[0].error(_two_readings(1, numbers[-1], names))
+
+
+def _two_readings(first: int, last: int, names: Sequence[str]) -> str:
+    """Both readings of numbers that nothing tells apart, and their settings."""
+    return (
+        f"whole numbers from {first} to {last}, without 0, can count the labels {_some(names)} "
+        f"from 0 or from 1; remedy: say which, data.label_names={_mapping(names, 0)} or "
+        f"data.label_names={_mapping(names, 1)}"
+    )
 
 
 def _mapping(names: Sequence[str], first: int) -> str:
@@ -518,24 +596,32 @@ def _class_number(label: _Label, value: Any, known: LabelSet, all_labels: Sequen
     number = _lookup(value, known.written)
     if number is not None:
         return number
-    first = None
+    first = last = None
     if _is_whole(value):
-        first = min(int(each) for each in _values(all_labels) if _is_whole(each))
+        numbers = [int(each) for each in _values(all_labels) if _is_whole(each)]
+        first, last = min(numbers), max(numbers)
     there = sorted({str(each) for each in _values(all_labels)})
-    raise label.error(_is_no_label(value, known.names, first, there))
+    raise label.error(_is_no_label(value, known.names, first, last, there))
 
 
 def _is_no_label(
-    value: Any, names: Sequence[str], first: int | None, there: Sequence[str] = ()
+    value: Any,
+    names: Sequence[str],
+    first: int | None,
+    last: int | None = None,
+    there: Sequence[str] = (),
 ) -> str:
-    """Why a value is refused, and the mapping that would name numbers, or default names.
+    """Why a value is refused, and the mappings that would name numbers, or default names.
 
     Args:
         first: the smallest number among the labels; None if this one is not a whole number.
+        last: the largest, if known.
         there: the data's labels, as far as known.
     """
     why = f"{shown(value)} is not one of the labels {_some(names)}"
     if first is not None and not _has_numbers(names):
+        if last is not None and first > 0 and last < len(names):
+            return f"{why}; {_two_readings(first, last, names)}"
         # A 0 is refused only where the labels are known to be names.
         counted = "" if value in (0, "0") else "; whole numbers count from 0"
         return (

@@ -62,6 +62,7 @@ class Plan:
     label_names: LabelNames | None = None  # of all labels; None: not restricted
     split: Split | None = None  # the part of the rows to read; None: all
     stamps: tuple[str, ...] = ()  # versions of all files in their order
+    problem_type: str | None = None  # of a classifier's labels; None: not yet known
 
     @classmethod
     def of(
@@ -76,6 +77,7 @@ class Plan:
         task: TaskName = "causal-lm",
         label_names: LabelNames | None = None,
         split: Split | None = None,
+        problem_type: str | None = None,
     ) -> Plan:
         """The plan for the files at an address.
 
@@ -104,6 +106,7 @@ class Plan:
             label_names,
             split,
             tuple(file.version for file in files),
+            problem_type,
         )
 
     def to_json(self) -> str:
@@ -187,7 +190,8 @@ def differences(before: Mapping[str, Any], plan: Plan) -> list[str]:
     """
     missing = {"task": "causal-lm", "label_names": None, "split": None}  # in older plans
     now = json.loads(plan.to_json())
-    earlier = {**missing, **before}
+    # Older plans have no problem_type, and shards that training has checked since.
+    earlier = {"problem_type": now["problem_type"], **missing, **before}
     for each in (now, earlier):
         parts = each.get("parts", ())
         each["parts"] = [[_COMMIT.sub(r"\1/", file) for file in part] for part in parts]
@@ -289,7 +293,7 @@ def write_shard(plan: Plan, folder: str, chunk: Chunk, tokenizer: GPTJTokenizer)
     except storage.NotFoundError:
         pass
     bad = _BadRows(plan)
-    source = Source(plan.parts[chunk.part], plan.label_names)
+    source = Source(plan.parts[chunk.part], plan.label_names, plan.problem_type)
     encoded = SHARD_KINDS[plan.task].encode(chunk.rows, tokenizer, source, bad)
     name, content = f"{chunk.name}.parquet", b""
     if encoded.rows:

@@ -61,6 +61,7 @@ class Source:
 
     files: Sequence[str]  # of the part
     label_names: LabelNames | None = None
+    problem_type: str | None = None
 
 
 class ShardKind(NamedTuple):
@@ -101,12 +102,14 @@ def encode_texts(texts: Sequence[str], tokenizer: GPTJTokenizer) -> list[Ids]:
     ]
 
 
-def check_labelled(row: Row, names: LabelNames | None = None) -> None:
-    """DataError for a row that a classifier cannot learn from."""
+def check_labelled(
+    row: Row, names: LabelNames | None = None, problem_type: str | None = None
+) -> None:
+    """DataError for a row that a classifier cannot learn from. Arguments as in check_label."""
     for column in ("text", "text_pair"):
         if column in row.values and not row.text(column):
             raise row.error(column, "is empty")
-    check_label(row, names)
+    check_label(row, names, problem_type)
 
 
 def _documents(
@@ -136,7 +139,11 @@ def _labelled(
     good: list[Row] = []
     lists: list[Ids] = []
     pairs: list[Ids] = []
-    for group in groups(_good(rows, lambda row: check_labelled(row, source.label_names), on_bad)):
+
+    def check(row: Row) -> None:
+        check_labelled(row, source.label_names, source.problem_type)
+
+    for group in groups(_good(rows, check, on_bad)):
         good += group
         lists += encode_texts([row.text("text") for row in group], tokenizer)
         if "text_pair" in group[0].values:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptj import storage
-from gptj.checkpoints.folder import TOKENIZER_FILES
+from gptj.checkpoints.folder import ADAPTER_CONFIG, TOKENIZER_FILES
 from gptj.checkpoints.hub import locate
 from gptj.checkpoints.weights import KINDS
 from gptj.errors import CheckpointError
@@ -75,7 +75,8 @@ def find(address: str, name: FormatName | None, revision: str | None) -> Place:
 
     Raises:
         FileNotFoundError: if there is nothing.
-        CheckpointError: if the files have none of the formats, or not the given one.
+        CheckpointError: if the files have none of the formats, or not the given one; or are an
+            adapter's.
         gptj.storage.addresses.AddressError: if the address is invalid.
     """
     address = normalized(address)
@@ -100,6 +101,11 @@ def find(address: str, name: FormatName | None, revision: str | None) -> Place:
         files = storage.list_files(folder)
         if mesh_transformer.is_checkpoint(files):
             return Place(folder, None, files)
+    if any(file.name == ADAPTER_CONFIG for file in files):
+        raise CheckpointError(
+            f"{address} is an adapter, without the weights of its base model; remedy: merge the "
+            f"two first, jobs/merge_adapter.py BASE {address} DESTINATION, and use DESTINATION"
+        )
     looked_for = [kind for each in wanted for names in each.kinds for kind in names]
     if name in (None, MESH):
         looked_for.append("shard_0/0.npz")

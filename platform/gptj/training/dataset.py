@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptj import storage
+from gptj.checkpoints.folder import ADAPTER_FILES, CONFIG, TRAINING, ModelFolder
 from gptj.checkpoints.manifest import Manifest, describe
 from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
@@ -219,6 +220,7 @@ def raw_plan(
         task=settings.task,
         label_names=(data.label_names or None) if data.problem_type != "regression" else None,
         split=split,
+        problem_type=data.problem_type,
     )
 
 
@@ -254,8 +256,8 @@ def _make(
     suffix = secrets.token_hex(8)
     task, labels = settings.task_definition, checkpoint_labels(settings)
     found, rows = {}, 0
-    columns: dict[str, list[str]] = {}
-    for name, address in _addresses(settings).items():
+    addresses, sources = _addresses(settings), {}
+    for name, address in addresses.items():
         raw = folder / f"raw-{name}-{suffix}"
         source = Prepared.at(prepared.get(name, address))
         if source is None:
@@ -264,12 +266,18 @@ def _make(
             assert source is not None
         elif source.address == address:
             check_prepared(settings, address)
-        columns[name] = source.index.settings["columns"]
-        if settings.task == "classification" and columns[name] != columns["train"]:
+        sources[name] = source
+        columns, others = (sources[each].index.settings["columns"] for each in ("train", name))
+        if settings.task == "classification" and others != columns:
             raise SettingsError(
-                f"data.train has the columns {', '.join(columns['train'])}, and {address} has "
-                f"{', '.join(columns[name])}: evaluate on the same kind of rows as in training"
+                f"data.train has the columns {', '.join(columns)}, and {address} has "
+                f"{', '.join(others)}: evaluate on the same kind of rows as in training"
             )
+    if settings.data.evaluation_split is not None:
+        # One data set: a rare label may be in the held-out part alone.
+        labels = task.labels_in(list(sources.values()), settings.data, labels)
+    for name, source in sources.items():
+        address = addresses[name]
         target = folder / f"{name}-{suffix}"
         needed = _example_bytes(settings, source.index)
         remedies = EXAMPLES_REMEDY, EXAMPLES_LIMIT_REMEDY
@@ -291,7 +299,7 @@ def _make(
                 source.index.skipped,
                 source.index.bad[0],
             )
-        shutil.rmtree(raw, ignore_errors=True)
+        shutil.rmtree(folder / f"raw-{name}-{suffix}", ignore_errors=True)
     files = [
         path.relative_to(folder).as_posix()
         for each in found.values()
@@ -327,8 +335,12 @@ def checkpoint_labels(settings: Settings) -> LabelSet | None:
     checkpoint = settings.model.checkpoint
     if not checkpoint:
         return None
-    config = GPTJConfig.from_pretrained(checkpoint, revision=settings.model.revision or None)
-    return settings.task_definition.known_labels(config, checkpoint, settings.data)
+    task, files = settings.task_definition, [CONFIG, TRAINING, *ADAPTER_FILES]
+    revision = settings.model.revision or None
+    with ModelFolder.open(checkpoint, revision=revision, files=files) as folder:
+        config = GPTJConfig.from_folder(folder)
+        record = None if task.labels_of(config) is None else folder.read_trained_labels()
+    return task.known_labels(config, checkpoint, settings.data, record)
 
 
 def check_prepared(settings: Settings, address: str) -> None:

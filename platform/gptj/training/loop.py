@@ -39,7 +39,7 @@ from gptj.storage.lease import Claim, take_over
 from gptj.storage.scratch import scratch_folder, shared_scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.agreement import agree, read_alike
-from gptj.training.dataset import set_aside
+from gptj.training.dataset import TaskData, set_aside
 from gptj.training.deepspeed_config import (
     clips_gradients,
     deepspeed_config,
@@ -196,7 +196,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         if progress.step < total:
             run.check_room(engine.module)
         metrics = run.steps(engine, data.train, data.evaluation)
-        run.export(engine.module, tokenizer, metrics, data.commits)
+        run.export(engine.module, tokenizer, metrics, data)
     return metrics
 
 
@@ -498,15 +498,11 @@ class _Run:
         model: GPTJPreTrainedModel,
         tokenizer: GPTJTokenizer,
         metrics: dict[str, float],
-        commits: Mapping[str, str],
+        data: TaskData,
     ) -> None:
-        """Write the model folder; all ranks together.
-
-        Args:
-            commits: see TaskData.
-        """
+        """Write the model folder; all ranks together."""
         started = time.monotonic()
-        address = self.settings.model_folder
+        address, labels = self.settings.model_folder, data.train.labels
         training = {
             "settings": self.settings.model_dump(mode="json"),
             "steps": self.progress.step,
@@ -515,9 +511,10 @@ class _Run:
             "worse": self.progress.worse,
             "metrics": metrics,
             "data": {
-                name: {**fields, "commit": commits.get(name)}
+                name: {**fields, "commit": data.commits.get(name)}
                 for name, fields in self.progress.data.items()
             },
+            "labels": None if labels is None else labels.record(),
             "history": thinned(self.progress.history),
             "checkpoint": self.progress.start,
             "workers": self.worker.world_size,

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import quote, urlsplit
 
 from pydantic import (
@@ -61,10 +61,18 @@ class Section(BaseModel):
         extra="forbid",
         frozen=True,
         protected_namespaces=(),
-        coerce_numbers_to_str=True,  # run=2024 is a name too
         allow_inf_nan=False,
         hide_input_in_errors=True,  # a tracker's address may have a password
     )
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a setting's values, or the items or values of its lists and mappings, are strings."""
+    if get_origin(annotation) is dict:
+        return is_text(get_args(annotation)[1])
+    if get_origin(annotation) is Literal:
+        return False
+    return annotation is str or any(map(is_text, get_args(annotation)))
 
 
 class DataSettings(Section):

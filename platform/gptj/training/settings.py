@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from gptj import storage
-from gptj.serialization.yaml_value import parse_yaml
+from gptj.serialization.yaml_value import Texts, parse_yaml
 from gptj.storage.addresses import AddressError, absolute
 from gptj.training.sections import (
     AdapterSettings,
@@ -34,6 +34,7 @@ from gptj.training.sections import (
     TrackingSettings,
     WorkerSettings,
     absolute_tracking_uri,
+    is_text,
 )
 from gptj.training.tasks import TASKS, AnyTask, TaskName
 
@@ -224,15 +225,15 @@ class Settings(Section):
 
         Epochs leave none out: their last batch is filled with the first ones of the next.
 
-        Raises SettingsError if the warm-up is longer.
+        Raises SettingsError if the warm-up leaves no step at the full learning rate.
         """
         total = self.steps
         if total is None:
             # The exact decimal: 0.1 * 30 is more than 3 in floating point.
             total = max(1, ceil(Fraction(str(self.epochs)) * examples / self.batch_size))
-        if self.optimizer.warmup_steps > total:
+        if self.optimizer.warmup_steps >= total:
             raise SettingsError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than the run's "
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not below the run's "
                 f"{total} steps, so the learning rate would never be reached: lower it"
             )
         return total
@@ -293,8 +294,9 @@ MAY_CHANGE = (
 def read_settings(words: Sequence[str]) -> Settings:
     """Settings from a command line: `[SETTINGS.yaml] [key=value …]`.
 
-    Values are YAML, so `steps=5` is a number and `data.label_names=[a,b]` a list. `steps=` replaces
-    the file's `epochs`, and `epochs=` its `steps`.
+    Values are YAML, so `steps=5` is a number and `data.label_names=[a,b]` a list. Names, addresses
+    and other text stay as they are written: `run=1e4`, `data.label_names=[no, yes]`. `steps=`
+    replaces the file's `epochs`, and `epochs=` its `steps`.
 
     Raises:
         SettingsError: naming the file or key, and what is allowed.
@@ -309,7 +311,7 @@ def read_settings(words: Sequence[str]) -> Settings:
             fields = _read_file(word)
             continue
         try:
-            given[key] = _parse(text)
+            given[key] = _parse(text, _texts_at(key))
             _put(fields, key, given[key])
         except yaml.YAMLError as error:
             raise SettingsError(f"{word:.200}: the value is not valid YAML: {error}") from error
@@ -354,7 +356,7 @@ def extended(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
 
 def _read_file(address: str) -> dict[str, Any]:
     try:
-        fields = parse_yaml(storage.read_bytes(address))
+        fields = parse_yaml(storage.read_bytes(address), _texts(Settings))
     except AddressError as error:
         raise SettingsError(f"the settings file: {error}") from error
     except storage.NotFoundError as error:
@@ -371,16 +373,37 @@ def _read_file(address: str) -> dict[str, Any]:
 _MARKS = tuple("|,:*&#%!@^\t")  # special in YAML, but invalid alone: data.delimiter=|
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, texts: Texts | None) -> Any:
     if text in _MARKS:
         return text
-    value = parse_yaml(text) if text else ""
-    if isinstance(value, str):
+    value = parse_yaml(text, texts) if text else ""
+    if isinstance(value, str) and texts is not True:
         try:
             return float(value)  # YAML reads 1e-4, without a point, as a string
         except ValueError:
             return value
     return value
+
+
+def _texts(section: Any) -> dict[str, Texts]:
+    """A section's keys that are text, or lists or mappings of text."""
+    found: dict[str, Texts] = {}
+    for name, field in section.model_fields.items():
+        if issubclass(inner := _inner(field.annotation), Section):
+            found[name] = _texts(inner)
+        elif is_text(field.annotation):
+            found[name] = True
+    return found
+
+
+def _texts_at(key: str) -> Texts | None:
+    """What is text in the value of a dotted key."""
+    texts: Texts | None = _texts(Settings)
+    for name in key.split("."):
+        if texts is None or texts is True:
+            break
+        texts = texts.get(name)
+    return texts
 
 
 def _put(fields: dict[str, Any], key: str, value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -118,6 +118,19 @@ class Task(ABC, Generic[D]):
             CheckpointError: for a damaged shard.
         """
 
+    def labels_in(
+        self, parts: Sequence[Prepared], options: DataSettings, labels: LabelSet | None = None
+    ) -> LabelSet | None:
+        """A classifier's labels in all parts of one data set, and how they are written there.
+
+        Args:
+            labels: of the checkpoint; None: taken from the parts.
+
+        Raises:
+            DataError: naming the row that does not fit.
+        """
+        return labels
+
     @abstractmethod
     def load(self, folder: Path) -> D:
         """Memory-map the data written by `write`."""
@@ -163,14 +176,27 @@ class Task(ABC, Generic[D]):
     def check(self, options: DataSettings) -> None:
         """ValueError if the settings contradict each other."""
 
-    def labels_of(self, config: GPTJConfig) -> LabelSet | None:
-        """The labels of a trained classifier; None for other tasks and heads."""
+    def labels_of(
+        self, config: GPTJConfig, record: Mapping[str, Any] | None = None
+    ) -> LabelSet | None:
+        """The labels of a trained classifier; None for other tasks and heads.
+
+        Args:
+            record: how its training's data wrote them (LabelSet.record), if known.
+        """
         return None
 
     def known_labels(
-        self, config: GPTJConfig, checkpoint: str, options: DataSettings
+        self,
+        config: GPTJConfig,
+        checkpoint: str,
+        options: DataSettings,
+        record: Mapping[str, Any] | None = None,
     ) -> LabelSet | None:
         """The labels that a run keeps from its initial checkpoint.
+
+        Args:
+            record: as in labels_of.
 
         Raises:
             SettingsError: if the settings contradict them.

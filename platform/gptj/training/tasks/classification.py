@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from gptj.config import GPTJConfig
-from gptj.data.classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ClassificationData
+from gptj.data.classification import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    ClassificationData,
+    read_all_labels,
+)
 from gptj.data.labels import LabelSet
 from gptj.data.prepared import Prepared
 from gptj.data.rows import Row
@@ -70,6 +76,14 @@ class Classification(Task[ClassificationData]):
             problem_type=options.problem_type,
         )
 
+    def labels_in(
+        self, parts: Sequence[Prepared], options: DataSettings, labels: LabelSet | None = None
+    ) -> LabelSet:
+        if labels is not None:
+            return read_all_labels(parts, labels).labels
+        names = options.label_names or None
+        return read_all_labels(parts, None, names, options.problem_type).labels
+
     def load(self, folder: Path) -> ClassificationData:
         return ClassificationData.load(folder)
 
@@ -89,14 +103,20 @@ class Classification(Task[ClassificationData]):
         numbers = _classified(logits, data.targets, data.labels.problem_type)
         return {"loss": whole.loss / whole.items, **numbers}
 
-    def labels_of(self, config: GPTJConfig) -> LabelSet | None:
+    def labels_of(
+        self, config: GPTJConfig, record: Mapping[str, Any] | None = None
+    ) -> LabelSet | None:
         is_classifier = self.head.__name__ in (config.architectures or ())
-        return LabelSet.of(config) if is_classifier else None
+        return LabelSet.of(config, record) if is_classifier else None
 
     def known_labels(
-        self, config: GPTJConfig, checkpoint: str, options: DataSettings
+        self,
+        config: GPTJConfig,
+        checkpoint: str,
+        options: DataSettings,
+        record: Mapping[str, Any] | None = None,
     ) -> LabelSet | None:
-        trained = self.labels_of(config)
+        trained = self.labels_of(config, record)
         return None if trained is None else _renamed(trained, checkpoint, options)
 
 
