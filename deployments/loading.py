@@ -37,6 +37,7 @@ from gptj.storage.file_lock import turn
 
 Model = TypeVar("Model", bound=GPTJPreTrainedModel)
 
+PACKED_BITS = {"int8": 8, "int4": 4}
 RENAMED = {  # deprecated keys of `args`, by their current names
     "max_waiting": "max_queued",
     "max_running": "max_num_seqs",
@@ -86,6 +87,11 @@ class Arguments(BaseModel):
             dtype: of the weights.
         """
 
+    @property
+    def packed_bits(self) -> int | None:
+        """Bits of a weight once it is packed for the CPU; None: it is not."""
+        return None
+
     def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
         """Check an application's further requirements of the tokenizer. Raises ValueError."""
 
@@ -116,6 +122,10 @@ class BatchArguments(Arguments):
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     # int8, int4: weights in 8 or 4 bits, faster and smaller on a CPU.
     quantization: IntQuantization = "none"
+
+    @property
+    def packed_bits(self) -> int | None:
+        return PACKED_BITS.get(self.quantization)
 
     def batching(self) -> Batching:
         return Batching(
@@ -193,7 +203,7 @@ def open_checkpoint(
         revision=arguments.revision,
         weights=True,
         verify=arguments.verify,
-        before_weights=partial(_check_room, cls, arguments.checkpoint, device, dtype),
+        before_weights=partial(_check_room, cls, arguments, device, dtype),
     )
 
 
@@ -213,7 +223,7 @@ def load_from(
 
 def _check_room(
     cls: type[GPTJPreTrainedModel],
-    checkpoint: str,
+    arguments: Arguments,
     device: torch.device,
     dtype: torch.dtype,
     folder: ModelFolder,
@@ -221,6 +231,9 @@ def _check_room(
     """Otherwise the system would kill the process, or another one, after minutes of loading."""
     config = GPTJConfig.from_folder(folder)
     needed, free = weight_bytes(cls, config, dtype), free_bytes(device)
+    bits = arguments.packed_bits
+    if bits is not None and device.type == "cpu" and config.dtype == dtype != torch.float32:
+        needed = needed * bits // 16  # weights stored in this dtype are mapped, not copied
     if needed <= free:
         return
     name = str(dtype).removeprefix("torch.")
@@ -228,8 +241,10 @@ def _check_room(
     remedies = ["a device with more memory", "a smaller model"]
     if dtype == torch.float32:
         remedies.insert(0, "dtype: bfloat16")
+    if cls is GPTJForCausalLM and not is_quantized(config):
+        remedies.insert(0, "a folder made by jobs/quantize.py, in 4 bits")
     raise ValueError(
-        f"{checkpoint} does not fit: its weights take {needed / 1e9:.1f} GB in {name}, "
+        f"{arguments.checkpoint} does not fit: its weights take {needed / 1e9:.1f} GB in {name}, "
         f"and {where} has {free / 1e9:.1f} GB free (replicas of the version that it replaces run "
         f"until it is ready); remedy: {', or '.join(remedies)}"
     )

@@ -44,6 +44,16 @@ def test_activation_memory_does_not_grow_with_layers() -> None:
     assert peak(shallow, 4, 512, padded=False) == peak(deep, 4, 512, padded=False)
 
 
+def test_tied_weights_count_once() -> None:
+    config = GPTJConfig(
+        vocab_size=300, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, tie_word_embeddings=True
+    )
+    model = GPTJForCausalLM(config).to(torch.bfloat16)
+    assert memory.weight_bytes(GPTJForCausalLM, config, torch.bfloat16) == sum(
+        parameter.nbytes for parameter in model.parameters()
+    )
+
+
 def test_weight_and_cache_sizes_match_the_model_and_the_runner() -> None:
     config = GPTJConfig(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8)
     model = GPTJForCausalLM(config).to(torch.float16).eval()

@@ -116,22 +116,43 @@ def test_a_model_larger_than_the_free_memory_is_refused_before_its_weights_are_f
         InProcessService.load("generation", arguments, torch.device("cpu"))
     size = parameters(models.generation.config.vocab_size) * {"float32": 4, "bfloat16": 2}[dtype]
     assert f"take {size / 1e9:.1f} GB in {dtype}" in str(error.value)
-    assert ("remedy: dtype: bfloat16" in str(error.value)) == (dtype == "float32")
+    assert ("or dtype: bfloat16" in str(error.value)) == (dtype == "float32")
     assert not list(cache.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("share", [0.999, 1.0])
-def test_a_model_that_just_fits_is_loaded(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+@pytest.mark.parametrize(
+    ("stored", "dtype", "quantization", "share"),
+    [
+        ("float32", "float32", "none", 1.0),
+        ("bfloat16", "bfloat16", "none", 1.0),
+        ("bfloat16", "bfloat16", "int8", 0.5),  # mapped until they are packed
+        ("bfloat16", "bfloat16", "int4", 0.25),
+        ("float32", "bfloat16", "int8", 1.0),  # converted first
+    ],
+)
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_model_needs_free_memory_for_what_loading_makes_of_its_weights(
+    models: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: str,
+    dtype: str,
+    quantization: str,
+    share: float,
+    fits: bool,
 ) -> None:
-    models.generation.save_pretrained(tmp_path / "model", tokenizer=models.tokenizer)
-    size = sum(tensor.nbytes for tensor in models.generation.state_dict().values())
-    monkeypatch.setattr(loading, "free_bytes", lambda device: int(size * share))
-    arguments = Arguments(checkpoint=str(tmp_path / "model"), dtype="float32")
-    if share == 1.0:
+    model = copy.deepcopy(models.generation).to(getattr(torch, stored))
+    model.save_pretrained(tmp_path / "model", tokenizer=models.tokenizer)
+    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    needed = int(count * getattr(torch, dtype).itemsize * share)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: needed if fits else needed - 1)
+    arguments = GenerationArguments(
+        checkpoint=str(tmp_path / "model"), dtype=dtype, quantization=quantization
+    )
+    if fits:
         load(GPTJForCausalLM, arguments, torch.device("cpu"))
         return
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match=r"does not fit.*remedy: .*jobs/quantize\.py"):
         load(GPTJForCausalLM, arguments, torch.device("cpu"))
 
 

@@ -51,6 +51,7 @@ from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import (
     Progress,
+    _stopped_early,
     check_resumable,
     checkpoint_name,
     checkpoint_step,
@@ -193,6 +194,15 @@ def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> No
         except (SettingsError, CheckpointError, UnrecoverableError) as error:  # of all
             ended(settings, rank).write_text(str(error))
     torch.distributed.destroy_process_group()
+
+
+def log_of(settings: Settings) -> Path:
+    return Path(settings.folder).with_suffix(".log")
+
+
+def logging_rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> None:
+    logging.basicConfig(filename=log_of(runs[0]), level=logging.INFO)
+    rank_main(rank, world_size, port, runs)
 
 
 def run_ranks(world_size: int, runs: list[Settings], main: Callable[..., None] = rank_main) -> None:
@@ -781,6 +791,11 @@ def test_a_run_that_stopped_early_continues_with_more_patience(
         assert not is_complete(best.model_copy(update={"early_stopping": patience}))
     with pytest.raises(SettingsError, match=r"ended early, after step \d+, since 3 evaluations"):
         is_complete(best.model_copy(update={"steps": 80}))
+    # A model of an earlier version does not say so, but its last checkpoint does.
+    training = json.loads(Path(best.model_folder, "training.json").read_text())
+    assert (training.pop("stopped_early"), training.pop("worse")) == (True, 3)
+    assert _stopped_early(training, best.folder) == 3
+    assert _stopped_early({**training, "settings": {"early_stopping": 4}}, best.folder) is None
     assert not is_complete(best.model_copy(update={"steps": 80, "early_stopping": 4}))
 
 
@@ -820,21 +835,17 @@ def test_equal_scores_are_ranked_by_their_losses(
     assert TASKS[task].is_better(metrics, than) == better
 
 
+@pytest.mark.slow
 def test_an_extended_run_says_how_its_learning_rate_jumps(
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
-    caplog.set_level(logging.INFO)
-    optimizer = {"learning_rate": 0.01, "schedule": "linear", "final_share": 0.0}
-    before, now = (
-        Settings.model_validate({"run": "r", "steps": steps, "optimizer": optimizer})
-        for steps in (10, 20)
-    )
-    progress = Progress(step=10, settings=before.model_dump(mode="json"))
-    loop._log_new_schedule(now, progress, 100, 20)
-    assert "20 steps instead of 10: the learning rate is now 0.005, not 0" in caplog.text
-    caplog.clear()
-    loop._log_new_schedule(before, progress, 100, 10)
-    assert not caplog.text
+    write_text(tmp_path)
+    optimizer = {"learning_rate": 0.01, "schedule": "linear", "final_share": 0.0, "warmup_steps": 0}
+    runs = [settings_of(tmp_path, "r", steps=steps, optimizer=optimizer) for steps in (2, 4, 4)]
+    run_ranks(1, runs, logging_rank_main)
+    log = log_of(runs[0]).read_text()
+    assert "the schedule has 4 steps instead of 2: the learning rate is now 0.005, not 0" in log
+    assert log.count("the schedule has") == 1
 
 
 @pytest.mark.slow

@@ -65,9 +65,12 @@ def weight_bytes(
         model = cls(config)
         if is_quantized(config):
             quantize_blocks(model.base_model.get_submodule("h"))
+    tensors = {
+        id(each): each for each in model.state_dict(keep_vars=True).values()
+    }  # tied ones once
     return sum(
         tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
-        for tensor in model.state_dict(keep_vars=True).values()
+        for tensor in tensors.values()
     )
 
 

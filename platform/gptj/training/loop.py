@@ -143,12 +143,13 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         delete_unfinished_checkpoints(settings.folder, attempt)
     checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
     progress = Progress(world_size=worker.world_size, settings=settings.model_dump(mode="json"))
-    tracking: dict[str, Any] | None = None
+    before: dict[str, Any] | None = None  # the settings that the checkpoint was written with
     if checkpoint is not None:
         progress = check_resumable(settings, checkpoint)
-        tracking = progress.settings.get("tracking", {})
+        before = progress.settings
         progress.settings = settings.model_dump(mode="json")
         progress.world_size = worker.world_size
+    tracking = None if before is None else before.get("tracking", {})
     submission = agree(worker.submission or uuid.uuid4().hex)
     assert submission is not None
     with (
@@ -183,7 +184,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
             )
         run = _Run(settings, worker, attempt, progress, total, scratch, checkpoint, trackers)
         engine = run.start(config, pinned)
-        if checkpoint is not None:
+        if checkpoint is not None and before is not None:
             run.load(engine, checkpoint)
             if worker.rank == 0:
                 logger.info(
@@ -192,7 +193,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
                     total,
                     worker.world_size,
                 )
-                _log_new_schedule(settings, progress, len(data.train), total)
+                _log_new_schedule(settings, before, progress.step, len(data.train))
         if progress.step < total:
             run.check_room(engine.module)
         metrics = run.steps(engine, data.train, data.evaluation)
@@ -224,24 +225,30 @@ def _begin_attempt(settings: Settings, worker: Worker) -> tuple[Worker, int]:
     return replace(worker, fence=fence), claim.generation
 
 
-def _log_new_schedule(settings: Settings, progress: Progress, rows: int, total: int) -> None:
-    """Say how an extended run's learning rate jumps."""
-    lengths = {
-        key: progress.settings.get(key, getattr(settings, key)) for key in ("steps", "epochs")
-    }
-    before = settings.model_copy(update=lengths).total_steps(rows)
+def _log_new_schedule(
+    settings: Settings, before: Mapping[str, Any], step: int, examples: int
+) -> None:
+    """Say how an extended run's learning rate jumps after `step` steps.
+
+    Args:
+        before: its settings until then.
+    """
+    lengths = {key: before.get(key, getattr(settings, key)) for key in ("steps", "epochs")}
     old, new = (
-        settings.optimizer.learning_rate
-        * learning_rate_share(settings.optimizer, progress.step, steps)
-        for steps in (before, total)
+        each.total_steps(examples) for each in (settings.model_copy(update=lengths), settings)
     )
-    if old != new:
+    optimizer = settings.optimizer
+    rates = [
+        optimizer.learning_rate * learning_rate_share(optimizer, step, total)
+        for total in (old, new)
+    ]
+    if rates[0] != rates[1]:
         logger.info(
             "the schedule has %d steps instead of %d: the learning rate is now %.3g, not %.3g",
-            total,
-            before,
             new,
             old,
+            rates[1],
+            rates[0],
         )
 
 
@@ -441,7 +448,8 @@ class _Run:
         kept = self.settings.export == "best"
         if kept and best is not None and not best["kept"]:
             # Before a resume with export=best: it cannot be exported.
-            logger.info("the best model so far, of step %d, was not kept", best["step"])
+            if self._log is not None:
+                logger.info("the best model so far, of step %d, was not kept", best["step"])
             best = None
         if best is not None and not self.task.is_better(metrics, best["metrics"]):
             progress.worse += 1

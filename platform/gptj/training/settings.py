@@ -225,15 +225,15 @@ class Settings(Section):
 
         Epochs leave none out: their last batch is filled with the first ones of the next.
 
-        Raises SettingsError if the warm-up leaves no step at the full learning rate.
+        Raises SettingsError if the warm-up is longer.
         """
         total = self.steps
         if total is None:
             # The exact decimal: 0.1 * 30 is more than 3 in floating point.
             total = max(1, ceil(Fraction(str(self.epochs)) * examples / self.batch_size))
-        if self.optimizer.warmup_steps >= total:
+        if self.optimizer.warmup_steps > total:
             raise SettingsError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is not below the run's "
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than the run's "
                 f"{total} steps, so the learning rate would never be reached: lower it"
             )
         return total

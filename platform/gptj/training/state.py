@@ -238,8 +238,9 @@ def is_complete(settings: Settings) -> bool:
             f"this model), or delete {settings.folder}"
         )
     more = extended(training["settings"], now)
-    if training.get("stopped_early"):  # models of earlier versions do not say
-        patience, worse = settings.early_stopping, training["worse"]
+    worse = _stopped_early(training, settings.folder)
+    if worse is not None:
+        patience = settings.early_stopping
         if patience is not None and worse >= patience:
             if more:
                 raise SettingsError(
@@ -256,6 +257,18 @@ def is_complete(settings: Settings) -> bool:
             f"choose another run= with model.checkpoint={address}"
         )
     return False
+
+
+def _stopped_early(training: Mapping[str, Any], folder: str) -> int | None:
+    """How many evaluations in a row were not better, if a complete run ended because of them."""
+    if "stopped_early" in training:
+        return training["worse"] if training["stopped_early"] else None
+    # A model of an earlier version: by its last checkpoint.
+    patience, newest = training["settings"].get("early_stopping"), latest_checkpoint(folder)
+    if patience is None or newest is None:
+        return None
+    worse = read_progress(newest).worse
+    return worse if worse >= patience else None
 
 
 def _checkpoints(folder: str) -> dict[str, bool]:
