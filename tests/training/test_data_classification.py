@@ -254,6 +254,16 @@ def test_one_odd_cell_does_not_make_measured_values_names(
     assert len(named.labels.names) == 201
 
 
+@pytest.mark.parametrize("odd", ["N/A", ".5", "+1", "007"])
+def test_whole_numbers_count_beside_fractions(odd: str, tokenizer: GPTJTokenizer) -> None:
+    stars = ["0.5", "1", "1.5", "2", "2.5", "3", "3.5", "4", "4.5", "5"]
+    for numbers in (stars, ["1", "2", "3", "0.5"]):
+        with pytest.raises(DataError, match=re.escape(repr(odd)) + ".*, such as 0.5; remedy"):
+            ClassificationData(cells(*numbers * 3, odd, odd), tokenizer, 32)
+        data = ClassificationData(cells(*numbers, odd), tokenizer, 32, problem_type=SINGLE)
+        assert data.labels.names == tuple(sorted([*numbers, odd]))
+
+
 @pytest.mark.parametrize("form", ["{:+.2f}", "{:.2f}"])
 def test_numbers_that_are_all_written_otherwise_are_not_names_either(
     form: str, tokenizer: GPTJTokenizer

@@ -341,14 +341,19 @@ def _typed(labels: Sequence[_Label], known: _Known) -> list[_Label]:
 
 
 def _refuse_odd_numbers(labels: Sequence[_Label], texts: Sequence[str]) -> None:
-    """DataError if most labels, but not all, are numbers with fractions: measured, or names.
+    """DataError if most labels, but not all, are numbers, some with fractions: measured, or names.
 
     Otherwise one cell such as N/A would make each number a class. Distinct labels are counted, so
-    that many rows with N/A change nothing.
+    that many rows with N/A change nothing. Whole numbers count beside one with a point, as in half
+    stars, but not beside one with a comma, which can be a list.
     """
     distinct = dict.fromkeys(texts)
     fractions = [text for text in distinct if _FRACTION.fullmatch(text)]
-    if 2 * len(fractions) <= len(distinct):
+    numbers = fractions
+    if any("," not in text for text in fractions):
+        both = _FRACTION, _MEASURED
+        numbers = [text for text in distinct if any(each.fullmatch(text) for each in both)]
+    if 2 * len(numbers) <= len(distinct):
         return
     odd, text = next(
         (label, text)
@@ -356,7 +361,7 @@ def _refuse_odd_numbers(labels: Sequence[_Label], texts: Sequence[str]) -> None:
         if not _NUMBER.fullmatch(text)
     )
     example = next(filter(_NUMBER.fullmatch, fractions), fractions[0])
-    written = ", which is not written as 0.5 is" if _FRACTION.fullmatch(text) else ""
+    written = ", which is not written as 0.5 is" if text in numbers else ""
     raise odd.error(
         f"is {shown(text)}{written}, but most of the {len(distinct)} different labels are numbers, "
         f"such as {example}; remedy: data.problem_type={REGRESSION} for values to predict, "
