@@ -497,6 +497,23 @@ def test_part_of_the_labels_is_read_as_in_the_models_training(
         assert named.targets.tolist() == torch.eye(len(names)).tolist()
 
 
+@pytest.mark.parametrize("form", [rows, cells])
+def test_names_written_otherwise_in_training_leave_class_numbers_readable(
+    form: Any, tokenizer: GPTJTokenizer
+) -> None:
+    names = {"neg": "negative", "pos": "positive"}
+    found = ClassificationData(form("neg", "pos"), tokenizer, 32, label_names=names).labels
+    config = GPTJConfig(id2label=found.id2label, problem_type=SINGLE)
+    trained = LabelSet.of(config, found.record())
+    assert trained.may_count
+    numbers = [0, 1, 1] if form is rows else ["0", "1", "1"]
+    for values in (numbers, ["neg", "pos", "pos"], ["negative", "pos", "positive"]):
+        data = ClassificationData(form(*values), tokenizer, 32, trained)
+        assert data.targets.tolist() == [0, 1, 1]
+    with pytest.raises(DataError, match=r"2 is not one of the labels negative, positive"):
+        ClassificationData(form(*numbers, numbers[0].__class__(2)), tokenizer, 32, trained)
+
+
 def test_a_models_training_does_not_keep_other_data_from_being_named(
     tokenizer: GPTJTokenizer,
 ) -> None:
@@ -506,6 +523,9 @@ def test_a_models_training_does_not_keep_other_data_from_being_named(
         ClassificationData(rows(0, 1), tokenizer, 32, mapped)
     named = mapped.translated({"0": "neg", "1": "pos"})
     assert ClassificationData(rows(0, 1), tokenizer, 32, named).targets.tolist() == [0, 1]
+    words = LabelSet.of(config, {"written": {"neg": 0, "pos": 1, "false": 0, "true": 1}})
+    with pytest.raises(DataError, match=r"1 is not one of the labels neg, pos"):
+        ClassificationData(rows(1, 0), tokenizer, 32, words)
     by_name = LabelSet.of(config, {"written": {"neg": 0, "pos": 1}})
     assert ClassificationData(rows(0, 1), tokenizer, 32, by_name).targets.tolist() == [0, 1]
     other = LabelSet.of(config, {"written": {"0": 0, "1": 1, "2": 2}})  # of another head

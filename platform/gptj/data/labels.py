@@ -81,6 +81,12 @@ class LabelSet:
         """Whether the names are generic: LABEL_0 to LABEL_n."""
         return self.names == _numbered_names(len(self.names))
 
+    @property
+    def may_count(self) -> bool:
+        """Whether class numbers may be read too, as the model's training wrote no other numbers."""
+        extra = (self.trained or {}).keys() - set(self.names)
+        return not any(_counts_like(text) for text in extra)
+
     def translated(self, written: Mapping[str, str]) -> LabelSet:
         """The same labels, for data that writes them as the mapping's keys."""
         if unknown := [name for name in written.values() if name not in self.names]:
@@ -166,10 +172,12 @@ def check_label(row: Row, names: LabelNames | None = None, problem_type: str | N
         )
     if measured:
         return
-    numbers = all(isinstance(each, int | float) for each in values)
-    if names is None or (numbers and len(values) == len(names)):  # may be regression values
+    if names is None:
         return
     table = _by_name(names.values() if isinstance(names, Mapping) else names)
+    numbers = all(isinstance(each, int | float) for each in values)
+    if numbers and len(values) == len(table):  # may be multi-hot, or regression values
+        return
     written = {**table, **names} if isinstance(names, Mapping) else table
     for each in values:
         counts = not isinstance(names, Mapping) and _is_count(each, len(table))
@@ -271,13 +279,14 @@ class _Known:
 
 def _known(labels: LabelSet | None, names: LabelNames | None, problem_type: str | None) -> _Known:
     if labels is not None:
+        decided = labels.written is not None
         if labels.written is None and labels.trained is not None:
+            decided = not labels.may_count
             # Of three labels or more, lists are never both names' numbers and multi-hot.
             multi_hot = labels.multi_hot if len(labels.names) < 3 else None
             written = _by_name(labels.names) | dict(labels.trained)
             labels = replace(labels, written=written, multi_hot=multi_hot)
         table = labels.written or _by_name(labels.names)
-        decided = labels.written is not None
         return _Known(labels.problem_type, labels.names, table, decided, labels)
     if names is None:
         return _Known(problem_type, None, None, False, None)
@@ -673,6 +682,11 @@ def _all_named(values: Iterable[Any], table: Mapping[str, int]) -> bool:
 
 def _has_numbers(names: Iterable[str]) -> bool:
     return any(_LIKE_A_NUMBER.fullmatch(name) for name in names)
+
+
+def _counts_like(text: str) -> bool:
+    """Whether data can have it for a class number: a number, or false or true for 0 or 1."""
+    return bool(_LIKE_A_NUMBER.fullmatch(text)) or text.lower() in ("false", "true")
 
 
 def _values(labels: Iterable[_Label]) -> list[Any]:
