@@ -179,6 +179,30 @@ def test_label_names_of_prepared_data_need_not_be_repeated(
     assert found.train.labels.names == ("World", "Sports")
 
 
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+@pytest.mark.parametrize("written", [".{:02}", "+{}", "{:02}", "{}", "{}.0"])
+def test_a_regression_may_have_any_number_of_values(
+    written: str,
+    form: str,
+    tmp_path: Path,
+    tokenizer: GPTJTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(label_rows, "MAX_LABELS", 5)
+    texts = [written.format(n) for n in range(30)]
+    values = [float(text) for text in texts]
+    labels = texts if form == "csv" else [int(each) if each >= 1 else each for each in values]
+    rows = [{"text": f"{n} {WORDS}", "label": label} for n, label in enumerate(labels)]
+    address = write(tmp_path, f"rows.{form}", rows)
+    settings = settings_of(tmp_path, "classification", address)
+    if not (form == "jsonl" and written.startswith(".")):
+        with pytest.raises(DataError, match=r"more than 10 .*; remedy: data.problem_type=regress"):
+            node_data(settings, tokenizer, tmp_path)
+    settings = settings_of(tmp_path, "classification", address, problem_type="regression")
+    found = node_data(settings, tokenizer, tmp_path).train
+    assert [found[n].target.item() for n in range(30)] == pytest.approx(values)
+
+
 def test_too_many_labels_are_regression_targets(
     tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,9 +207,13 @@ class DistinctLabels:
     `read_labels` infers the same from `rows` as from the whole stream. Each distinct label is kept
     once. Beyond MAX_LABELS, labels must be measured values or sets of labels, and only those with
     a new element or length are kept.
+
+    Args:
+        problem_type: one of gptj.config.PROBLEM_TYPES; None: not yet known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, problem_type: str | None = None) -> None:
+        self._problem_type = problem_type
         self.rows: list[Row] = []
         self._seen: set[str | int] = set()
 
@@ -220,23 +224,33 @@ class DistinctLabels:
             return
         new: set[str | int] = {text}
         if len(self.rows) >= MAX_LABELS:
-            new = _features(row) - self._seen
+            new = self._features(row) - self._seen
         if not new:
             return
         if len(self.rows) == 2 * MAX_LABELS:
+            is_open = self._problem_type is None
+            remedy = f"; remedy: data.problem_type={REGRESSION} for values to predict"
+            remedy = remedy if is_open else ""
             raise row.error(
                 "label",
                 f"is one of more than {len(self.rows)} distinct names or class numbers, too many "
-                f"for labels",
+                f"for labels{remedy}",
             )
         self._seen |= new
         self.rows.append(row)
         if len(self.rows) == MAX_LABELS:
-            self._seen.update(*map(_features, self.rows))
+            self._seen.update(*map(self._features, self.rows))
+
+    def _features(self, row: Row) -> set[str | int]:
+        return _features(row, self._problem_type == REGRESSION)
 
 
-def _features(row: Row) -> set[str | int]:
-    """A label's informative features: its elements and their number."""
+def _features(row: Row, is_measured: bool) -> set[str | int]:
+    """A label's informative features: its elements and their number.
+
+    Args:
+        is_measured: whether all labels are known to be values to predict.
+    """
     value = row.value("label")
     if isinstance(value, str) and not row.typed:
         text = value.strip()
@@ -245,16 +259,16 @@ def _features(row: Row) -> set[str | int]:
                 value = parse_json(text)
             except ValueError:
                 value = text
-        elif _NUMBER.fullmatch(text):
+        elif (_MEASURED if is_measured else _NUMBER).fullmatch(text):
             value = float(text)
     if not isinstance(value, list):
-        return {_feature(value)}
-    return {len(value), *map(_feature, value)}
+        return {_feature(value, is_measured)}
+    return {len(value), *(_feature(each, is_measured) for each in value)}
 
 
-def _feature(value: Any) -> str:
-    """The value as JSON, or "measured" for any non-integer number."""
-    measured = isinstance(value, float) and _is_finite(value) and not value.is_integer()
+def _feature(value: Any, is_measured: bool) -> str:
+    """The value as JSON, or "measured" for any number that is no class number."""
+    measured = _is_finite(value) and (is_measured or not _is_whole(value))
     return "measured" if measured else json.dumps(value, ensure_ascii=False)
 
 
