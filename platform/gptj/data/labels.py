@@ -611,7 +611,11 @@ def _read_numbers(labels: Sequence[_Label], known: _Known) -> ReadLabels:
     for label in labels:
         numbers = _listed(label.value)
         if not all(map(_is_finite, numbers)):
-            raise label.error(f"must be a finite number, got {shown(label.value)}")
+            raise label.error(
+                f"must be a finite number, got {shown(label.value)}; remedy: correct it, or "
+                f"data.problem_type={REGRESSION} with data.bad_rows=skip to leave out such rows; "
+                f"for prepared data, give both to jobs/prepare_data.py"
+            )
         if len(numbers) != len(names):
             raise label.error(f"must be {len(names)} numbers, got {shown(label.value)}")
         rows.append(numbers)
