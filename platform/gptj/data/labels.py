@@ -167,7 +167,7 @@ def check_label(row: Row, names: LabelNames | None = None, problem_type: str | N
     if any(map(_is_number, odd)) or (measured and (odd or not values)):
         raise row.error(
             "label",
-            f"must be a finite number, got {shown(value)}; remedy: correct it, or "
+            f"must be a finite number, got {shown(value)}; remedy: {_correction(value)}, or "
             f"data.bad_rows=skip to leave out such rows",
         )
     if measured:
@@ -320,6 +320,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _MEASURED = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # Also with a comma, which is never read as a point.
 _FRACTION = re.compile(r"[+-]?[0-9]*[.,][0-9]+([eE][+-]?[0-9]+)?")
+_WITH_COMMA = re.compile(r"[+-]?[0-9.,]*,[0-9.,]*[0-9]([eE][+-]?[0-9]+)?")
 _LIKE_A_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
@@ -378,19 +379,35 @@ def _refuse_odd_numbers(labels: Sequence[_Label], texts: Sequence[str]) -> None:
         numbers = [text for text in distinct if any(each.fullmatch(text) for each in both)]
     if 2 * len(numbers) <= len(distinct):
         return
+    is_comma = any(map(_WITH_COMMA.fullmatch, distinct))
     odd, text = next(
         (label, text)
         for label, text in zip(labels, texts, strict=True)
-        if not _NUMBER.fullmatch(text)
+        if (_WITH_COMMA.fullmatch(text) if is_comma else not _NUMBER.fullmatch(text))
     )
-    example = next(filter(_NUMBER.fullmatch, fractions), fractions[0])
+    example = next(filter(_NUMBER.fullmatch, [*fractions, *numbers]), None)
+    such = f", such as {example}" if example is not None else ""
+    measured = (
+        f"data.problem_type={REGRESSION} for values to predict, with data.bad_rows=skip to leave "
+        f"out rows without one"
+    )
     written = ", which is not written as 0.5 is" if text in numbers else ""
     raise odd.error(
-        f"is {shown(text)}{written}, but most of the {len(distinct)} different labels are numbers, "
-        f"such as {example}; remedy: data.problem_type={REGRESSION} for values to predict, "
-        f"with data.bad_rows=skip to leave out rows without one, or "
+        f"is {shown(text)}{written}, but most of the {len(distinct)} different labels are "
+        f"numbers{such}; remedy: {_WITH_POINTS if is_comma else measured}, or "
         f"data.problem_type={SINGLE_LABEL} for names"
     )
+
+
+_WITH_POINTS = "write numbers with a decimal point and without commas, as 1.5 or 1000"
+
+
+def _correction(value: Any) -> str:
+    """How to correct what should be a number, or a list of them."""
+    has_comma = any(
+        isinstance(each, str) and _WITH_COMMA.fullmatch(each) for each in _listed(value)
+    )
+    return _WITH_POINTS if has_comma else "correct it"
 
 
 def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
@@ -507,7 +524,8 @@ def _found(labels: Sequence[_Label], known: _Known, problem_type: str) -> LabelS
     if not known.decided and _are_class_numbers(values, names):
         _refuse_two_readings(labels, values, names)
         table = {**table, **{str(number): number for number in range(len(names))}}
-    return _label_set(labels, names, problem_type, table, multi_hot=False)
+    found = _label_set(labels, names, problem_type, table, multi_hot=False)
+    return found if known.labels is None else replace(found, trained=known.labels.trained)
 
 
 def _are_class_numbers(values: Sequence[Any], names: tuple[str, ...]) -> bool:
@@ -565,7 +583,7 @@ def _read_single(labels: Sequence[_Label], known: _Known, problem_type: str) -> 
             raise label.error(f"must be a name or a class number, got {shown(label.value)}")
     found = _found(labels, known, problem_type)
     targets = [_class_number(label, label.value, found, labels) for label in labels]
-    return ReadLabels(found, np.array(targets, dtype=np.int64), _how(labels, found))
+    return ReadLabels(found, np.array(targets, dtype=np.int64), _how(labels, found, known))
 
 
 def _read_lists(labels: Sequence[_Label], known: _Known) -> ReadLabels:
@@ -577,7 +595,8 @@ def _read_lists(labels: Sequence[_Label], known: _Known) -> ReadLabels:
         multi_hot = _is_multi_hot(labels, known.names)
     if not multi_hot:
         found = _found(labels, known, MULTI_LABEL)
-        return ReadLabels(found, _set_targets(labels, found), f"in lists {_how(labels, found)}")
+        how = _how(labels, found, known)
+        return ReadLabels(found, _set_targets(labels, found), f"in lists {how}")
     names = known.names or _numbered_names(len(labels[0].value))
     found = _label_set(labels, names, MULTI_LABEL, known.table or _by_name(names), multi_hot=True)
     for label in labels:
@@ -612,9 +631,10 @@ def _read_numbers(labels: Sequence[_Label], known: _Known) -> ReadLabels:
         numbers = _listed(label.value)
         if not all(map(_is_finite, numbers)):
             raise label.error(
-                f"must be a finite number, got {shown(label.value)}; remedy: correct it, or "
-                f"data.problem_type={REGRESSION} with data.bad_rows=skip to leave out such rows; "
-                f"for prepared data, give both to jobs/prepare_data.py"
+                f"must be a finite number, got {shown(label.value)}; remedy: "
+                f"{_correction(label.value)}, or data.problem_type={REGRESSION} with "
+                f"data.bad_rows=skip to leave out such rows; for prepared data, give both to "
+                f"jobs/prepare_data.py"
             )
         if len(numbers) != len(names):
             raise label.error(f"must be {len(names)} numbers, got {shown(label.value)}")
@@ -669,13 +689,16 @@ def _is_no_label(
     return why
 
 
-def _how(labels: Sequence[_Label], found: LabelSet) -> str:
+def _how(labels: Sequence[_Label], found: LabelSet, known: _Known) -> str:
     assert found.written is not None
-    if _all_named(_values(labels), _by_name(found.names)):
+    values = _values(labels)
+    if _all_named(values, _by_name(found.names)):
         return "by name"
-    others = {key: number for key, number in found.written.items() if key not in found.names}
-    counted = others == {str(number): number for number in range(len(found.names))}
-    return "by class number" if counted else "as data.label_names has them"
+    counts = {str(number): number for number in range(len(found.names))}
+    if all(_lookup(value, counts) == _lookup(value, found.written) for value in values):
+        return "by class number"
+    trained = known.labels is not None and known.labels.trained is not None
+    return "as in the model's training" if trained else "as data.label_names has them"
 
 
 def _lookup(value: Any, table: Mapping[str, int]) -> int | None:
