@@ -20,6 +20,9 @@ Keys, with their defaults:
     label_names=…           classification: all labels, as [World, Sports], or the data's value
                             for each, as {1: World, 2: Sports}; rows with other labels are bad;
                             default: a run finds them
+    problem_type=…          classification: single_label_classification, regression or
+                            multi_label_classification; of a regression, rows whose label is no
+                            finite number are bad; default: a run says or finds it
     delimiter=…             of CSV; default: the one in the header
     bad_rows=refuse         or skip: leave out unusable rows; the index counts and
                             names them
@@ -51,7 +54,7 @@ from gptj.data.preparing import CHUNK_CHARACTERS, Plan, begin, finish, tokenizer
 from gptj.data.shards import TaskName
 from gptj.environment.extras import missing
 from gptj.storage.addresses import absolute, normalized
-from gptj.training.sections import Delimiter
+from gptj.training.sections import Delimiter, ProblemType
 from gptj.training.tasks import TASKS
 from gptj_jobs.key_value import checked, parsed_yaml
 
@@ -76,6 +79,7 @@ class Settings(BaseModel):
     task: TaskName = "causal-lm"
     columns: dict[str, str] = {}
     label_names: list[str] | dict[str, str] | None = None
+    problem_type: ProblemType | None = None
     delimiter: Delimiter | None = None
     bad_rows: Literal["refuse", "skip"] = "refuse"
     shard_characters: Annotated[int, Field(ge=1)] = CHUNK_CHARACTERS
@@ -118,8 +122,11 @@ def read_settings(words: Sequence[str]) -> Settings:
     if "tokenizer" not in fields:
         raise ValueError("tokenizer= is missing: the model's folder, s3://… or hub id")
     settings = checked(Settings, fields)
-    if settings.label_names is not None and settings.task != "classification":
-        raise ValueError(f"label_names= has no effect with task={settings.task}: leave it out")
+    for key in ("label_names", "problem_type"):
+        if getattr(settings, key) is not None and settings.task != "classification":
+            raise ValueError(f"{key}= has no effect with task={settings.task}: leave it out")
+    if settings.problem_type == "regression" and isinstance(settings.label_names, dict):
+        raise ValueError("label_names= must be a list for a regression, not a mapping")
     known = TASKS[settings.task].columns
     if unknown := settings.columns.keys() - set(known):
         raise ValueError(
@@ -148,6 +155,7 @@ def prepare(settings: Settings) -> Index:
         chunk_characters=settings.shard_characters,
         task=settings.task,
         label_names=settings.label_names,
+        problem_type=settings.problem_type,
     )
     storage.check_writable(folder)
     if (done := begin(plan, folder)) is not None:

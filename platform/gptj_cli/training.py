@@ -202,7 +202,9 @@ def _label_names(settings: Settings) -> LabelNames | None:
         return settings.data.label_names or None
     if trained.trained is None:
         return trained.names
-    return {text: trained.names[number] for text, number in trained.trained.items()}
+    written = {text: trained.names[number] for text, number in trained.trained.items()}
+    counted = {str(number): name for number, name in trained.id2label.items()}
+    return {**counted, **written} if trained.may_count else written
 
 
 def run_of(address: str) -> str:

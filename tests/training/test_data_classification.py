@@ -245,13 +245,24 @@ def test_one_odd_cell_does_not_make_measured_values_names(
     labels = [*MEASURED[:place], odd, *MEASURED[place:]]
     message = (
         rf"row {place + 1}, column 'label': is '{re.escape(odd)}',.* most of the 201 different "
-        r"labels are numbers, such as 0.\d\d; remedy: data.problem_type=regression .*with "
-        r"data.bad_rows=skip .*data.problem_type=single_label_classification"
+        r"labels are numbers, such as 0.\d\d; remedy: "
     )
+    skip = "data.problem_type=regression .*with data.bad_rows=skip .*"
+    message += ("write " if "," in odd else skip) + ".*data.problem_type=single_label"
     with pytest.raises(DataError, match=message):
         ClassificationData(cells(*labels), tokenizer, 32)
     named = ClassificationData(cells(*labels), tokenizer, 32, problem_type=SINGLE)
     assert len(named.labels.names) == 201
+
+
+@pytest.mark.parametrize("odd", ["N/A", ".5", "+1", "007"])
+def test_whole_numbers_count_beside_fractions(odd: str, tokenizer: GPTJTokenizer) -> None:
+    stars = ["0.5", "1", "1.5", "2", "2.5", "3", "3.5", "4", "4.5", "5"]
+    for numbers in (stars, ["1", "2", "3", "0.5"]):
+        with pytest.raises(DataError, match=re.escape(repr(odd)) + ".*, such as 0.5; remedy"):
+            ClassificationData(cells(*numbers * 3, odd, odd), tokenizer, 32)
+        data = ClassificationData(cells(*numbers, odd), tokenizer, 32, problem_type=SINGLE)
+        assert data.labels.names == tuple(sorted([*numbers, odd]))
 
 
 @pytest.mark.parametrize("form", ["{:+.2f}", "{:.2f}"])
@@ -263,9 +274,32 @@ def test_numbers_that_are_all_written_otherwise_are_not_names_either(
         ClassificationData(cells(*texts), tokenizer, 32)
     data = ClassificationData(cells(*texts), tokenizer, 32, problem_type=REGRESSION)
     assert data.targets.tolist() == pytest.approx([number / 100 for number in range(1, 40)])
-    commas = [text.replace(".", ",") for text in texts]
-    with pytest.raises(DataError, match=r"row 1, .* which is not written as 0.5 is, but most"):
-        ClassificationData(cells(*commas), tokenizer, 32)
+
+
+@pytest.mark.parametrize(
+    ("labels", "odd", "such"),
+    [
+        (["0,5", "1,5", "2,5"], "0,5", ""),
+        (["N/A", "0,5", "1,5"], "0,5", ""),
+        (["1,000", "2,500", "500"], "1,000", ""),
+        (["0.5", "1.5", "2.5", "N/A", "3,5"], "3,5", ", such as 0.5"),
+        (["0.5", "999.5", "7", "1,000.50", "1,000,000"], "1,000.50", ", such as 0.5"),
+    ],
+)
+def test_numbers_with_commas_are_to_be_written_otherwise(
+    labels: list[str], odd: str, such: str, tokenizer: GPTJTokenizer
+) -> None:
+    """Not to be left out, which would leave few rows, or none."""
+    points = r"remedy: write numbers with a decimal point and without commas, as 1\.5 or 1000, or "
+    with pytest.raises(DataError, match=rf"is '{odd}'.* labels are numbers{such}; {points}") as no:
+        ClassificationData(cells(*labels), tokenizer, 32)
+    assert "bad_rows" not in str(no.value) and str(no.value).endswith(f"{SINGLE} for names")
+    with pytest.raises(DataError, match=points):
+        ClassificationData(cells(odd), tokenizer, 32, problem_type=REGRESSION)
+    with pytest.raises(DataError, match=points):
+        check_label(cells(odd)[0], None, REGRESSION)
+    data = ClassificationData(cells(*labels), tokenizer, 32, problem_type=SINGLE)
+    assert data.labels.names == tuple(sorted(labels))
 
 
 @pytest.mark.parametrize(
@@ -487,15 +521,43 @@ def test_part_of_the_labels_is_read_as_in_the_models_training(
         assert named.targets.tolist() == torch.eye(len(names)).tolist()
 
 
+@pytest.mark.parametrize("form", [rows, cells])
+def test_names_written_otherwise_in_training_leave_class_numbers_readable(
+    form: Any, tokenizer: GPTJTokenizer
+) -> None:
+    names = {"neg": "negative", "pos": "positive"}
+    found = ClassificationData(form("neg", "pos"), tokenizer, 32, label_names=names).labels
+    config = GPTJConfig(id2label=found.id2label, problem_type=SINGLE)
+    trained = LabelSet.of(config, found.record())
+    assert trained.may_count
+    numbers = [0, 1, 1] if form is rows else ["0", "1", "1"]
+    for values in (numbers, ["neg", "pos", "pos"], ["negative", "positive", "positive"]):
+        data = ClassificationData(form(*values), tokenizer, 32, trained)
+        assert data.targets.tolist() == [0, 1, 1]
+        how = "by class number" if values is numbers else "as in the model's training"
+        how = "by name" if values[0] == "negative" else how
+        again = ClassificationData(form(*values), tokenizer, 32, data.labels)
+        assert f"labels {how}: " in data.summary() and again.summary() == data.summary()
+    with pytest.raises(DataError, match=r"2 is not one of the labels negative, positive"):
+        ClassificationData(form(*numbers, numbers[0].__class__(2)), tokenizer, 32, trained)
+
+
 def test_a_models_training_does_not_keep_other_data_from_being_named(
     tokenizer: GPTJTokenizer,
 ) -> None:
     config = GPTJConfig(id2label={0: "neg", 1: "pos"}, problem_type=SINGLE)
     mapped = LabelSet.of(config, {"written": {"neg": 0, "pos": 1, "1": 0, "2": 1}})
+    data = ClassificationData(rows(1, 2), tokenizer, 32, mapped)
+    assert "labels as in the model's training: neg: 1, pos: 1" in data.summary()
+    given = ClassificationData(rows(1, 2), tokenizer, 32, label_names={"1": "neg", "2": "pos"})
+    assert "labels as data.label_names has them: neg: 1, pos: 1" in given.summary()
     with pytest.raises(DataError, match=r"0 is not one of .*data.label_names={0: neg, 1: pos}"):
         ClassificationData(rows(0, 1), tokenizer, 32, mapped)
     named = mapped.translated({"0": "neg", "1": "pos"})
     assert ClassificationData(rows(0, 1), tokenizer, 32, named).targets.tolist() == [0, 1]
+    words = LabelSet.of(config, {"written": {"neg": 0, "pos": 1, "false": 0, "true": 1}})
+    with pytest.raises(DataError, match=r"1 is not one of the labels neg, pos"):
+        ClassificationData(rows(1, 0), tokenizer, 32, words)
     by_name = LabelSet.of(config, {"written": {"neg": 0, "pos": 1}})
     assert ClassificationData(rows(0, 1), tokenizer, 32, by_name).targets.tolist() == [0, 1]
     other = LabelSet.of(config, {"written": {"0": 0, "1": 1, "2": 2}})  # of another head

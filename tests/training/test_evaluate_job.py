@@ -254,6 +254,13 @@ def test_label_names_are_text_as_written() -> None:
     assert read_settings(words).label_names == expected
     prepared = prepare_data.read_settings([*words, "tokenizer=t", "task=classification"])
     assert prepared.label_names == expected
+    regression = [*words, "tokenizer=t", "task=classification", "problem_type=regression"]
+    with pytest.raises(ValueError, match=r"label_names= must be a list for a regression"):
+        prepare_data.read_settings(regression)
+    regression[2] = "label_names=[score]"
+    assert prepare_data.read_settings(regression).problem_type == "regression"
+    with pytest.raises(ValueError, match=r"problem_type= has no effect with task=causal-lm"):
+        prepare_data.read_settings(["in", "out", "tokenizer=t", "problem_type=regression"])
     words = ["model", "data", "out", "keep=[01, no]", "chunk_rows=010"]
     inferred = batch_inference.read_settings(words)
     assert (inferred.keep, inferred.chunk_rows) == (("01", "no"), 8)

@@ -227,6 +227,10 @@ def test_a_run_reads_prepared_data_like_raw_data(tmp_path: Path, tokenizer: GPTJ
     ("word", "message"),
     [
         ("data.columns.text=body", r"is prepared, but data\.columns applies to raw data"),
+        (
+            "data.bad_rows=skip",
+            r"leave it out; to leave out rows, prepare them again with bad_rows",
+        ),
         ("data.delimiter=;", r"data\.delimiter applies to raw data"),
         ("data.evaluation_split=0.1", r"leave it out, and prepare evaluation data"),
     ],

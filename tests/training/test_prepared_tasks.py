@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from task_data import make_data
 
-from gptj import GPTJTokenizer
+from gptj import GPTJConfig, GPTJTokenizer
 from gptj.data import labels as label_rows
 from gptj.data.batches import BatchOrder
 from gptj.data.prepared import Prepared
@@ -154,6 +154,63 @@ def test_labels_that_are_no_finite_numbers_are_bad_rows(
     assert Prepared.at(prepared["train"]).index.skipped == len(bad)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_prepared_values_to_predict_leave_out_what_is_no_number(
+    form: str, tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    """By the shards' problem type, which a run need not repeat: whole numbers are ratings too."""
+    labels = [1, "N/A", 2, 3]
+    rows = [{"text": f"{n} {WORDS}", "label": label} for n, label in enumerate(labels)]
+    address = write(tmp_path, f"rows.{form}", rows)
+    skip: dict[str, Any] = {"bad_rows": "skip"}
+    kept = prepared_at(tmp_path / "kept", "classification", address, tokenizer, **skip)
+    settings = settings_of(tmp_path, "classification", kept, problem_type="regression")
+    with pytest.raises(DataError, match=r"'N/A'; .*data.bad_rows=skip .*jobs/prepare_data.py"):
+        node_data(settings, tokenizer, tmp_path)
+    settings = settings_of(tmp_path, "classification", kept, problem_type="regression", **skip)
+    with pytest.raises(SettingsError, match=r"again with bad_rows=skip, and problem_type=regress"):
+        node_data(settings, tokenizer, tmp_path)
+    skip["problem_type"] = "regression"
+    measured = prepared_at(tmp_path / "m", "classification", address, tokenizer, **skip)
+    found = node_data(settings_of(tmp_path, "classification", measured), tokenizer, tmp_path).train
+    assert [found[n].target.item() for n in range(len(found))] == [1, 2, 3]
+
+
+def test_further_training_of_a_regression_leaves_out_what_is_no_number(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    labels = ["0.5", "N/A", "1.5", "1e999"]
+    rows = [{"text": f"{n} {WORDS}", "label": label} for n, label in enumerate(labels)]
+    address = write(tmp_path, "rows.csv", rows)
+    config = GPTJConfig(
+        id2label={0: "LABEL_0"},
+        problem_type="regression",
+        architectures=["GPTJForSequenceClassification"],
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config.to_dict()))
+    settings = Settings(
+        task="classification",
+        storage=str(tmp_path / "runs"),
+        model={"checkpoint": str(tmp_path / "model")},  # type: ignore[arg-type]
+        data={"train": address, "sequence_length": 24, "bad_rows": "skip"},  # type: ignore[arg-type]
+    )
+    found = node_data(settings, tokenizer, tmp_path).train
+    assert [found[n].target.item() for n in range(len(found))] == [0.5, 1.5]
+
+
+def test_a_number_beyond_fp32_says_how_to_leave_it_out(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    rows = [{"text": WORDS, "label": label} for label in ("0.5", "1.5", "1e999")]
+    address = write(tmp_path, "rows.csv", rows)
+    with pytest.raises(DataError, match=r"finite number.*=regression with data.bad_rows=skip"):
+        node_data(settings_of(tmp_path, "classification", address), tokenizer, tmp_path)
+    remedy = {"problem_type": "regression", "bad_rows": "skip"}
+    settings = settings_of(tmp_path, "classification", address, **remedy)
+    assert len(node_data(settings, tokenizer, tmp_path).train) == 2
+
+
 def test_a_run_that_was_prepared_before_problem_type_was_recorded_resumes(
     tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
@@ -177,6 +234,30 @@ def test_label_names_of_prepared_data_need_not_be_repeated(
     found = node_data(settings_of(tmp_path, "classification", folder), tokenizer, tmp_path)
     assert found.train.labels is not None
     assert found.train.labels.names == ("World", "Sports")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+@pytest.mark.parametrize("written", [".{:02}", "+{}", "{:02}", "{}", "{}.0"])
+def test_a_regression_may_have_any_number_of_values(
+    written: str,
+    form: str,
+    tmp_path: Path,
+    tokenizer: GPTJTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(label_rows, "MAX_LABELS", 5)
+    texts = [written.format(n) for n in range(30)]
+    values = [float(text) for text in texts]
+    labels = texts if form == "csv" else [int(each) if each >= 1 else each for each in values]
+    rows = [{"text": f"{n} {WORDS}", "label": label} for n, label in enumerate(labels)]
+    address = write(tmp_path, f"rows.{form}", rows)
+    settings = settings_of(tmp_path, "classification", address)
+    if not (form == "jsonl" and written.startswith(".")):
+        with pytest.raises(DataError, match=r"more than 10 .*; remedy: data.problem_type=regress"):
+            node_data(settings, tokenizer, tmp_path)
+    settings = settings_of(tmp_path, "classification", address, problem_type="regression")
+    found = node_data(settings, tokenizer, tmp_path).train
+    assert [found[n].target.item() for n in range(30)] == pytest.approx(values)
 
 
 def test_too_many_labels_are_regression_targets(

@@ -229,6 +229,24 @@ def test_the_first_labels_are_checked_before_a_job_starts(
         words_for(reviews, model=trained, task=task, evaluation=news)
 
 
+def test_first_class_numbers_pass_if_the_models_training_wrote_none(
+    models: Models, tmp_path: Path
+) -> None:
+    names = {"negative": 0, "neutral": 1, "positive": 2}
+    reviews = written(tmp_path / "reviews.csv", "text,label", "bad,0", "fine,2")
+    for extra in ({"neg": 0, "pos": 2}, {"1": 0, "2": 1, "3": 2}):
+        training = {"labels": {"written": {**names, **extra}, "multi_hot": False}}
+        address = str(tmp_path / min(extra))
+        models.classification.save_pretrained(
+            address, tokenizer=models.tokenizer, training=training
+        )
+        if "neg" in extra:
+            assert words_for(reviews, model=address, task="classification")
+        else:
+            with pytest.raises(DataError, match=r"row 1, .*'0' is not one of the labels"):
+                words_for(reviews, model=address, task="classification")
+
+
 def test_the_first_answers_are_checked_before_a_job_starts(tmp_path: Path) -> None:
     row = {"question": "Who?", "context": "She did.", "answers": [{"text": "She"}]}
     with pytest.raises(DataError, match=r"row 1, column 'answers'"):

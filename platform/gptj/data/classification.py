@@ -221,7 +221,7 @@ def read_all_labels(
 
     Memory holds one shard, and each distinct label once. Arguments and errors as in `read_labels`.
     """
-    distinct = DistinctLabels()
+    distinct = DistinctLabels(problem_type if labels is None else labels.problem_type)
     for prepared in sources:
         for table in prepared.tables():
             for rows, _ in _labelled_rows(table):

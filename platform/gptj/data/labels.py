@@ -81,6 +81,12 @@ class LabelSet:
         """Whether the names are generic: LABEL_0 to LABEL_n."""
         return self.names == _numbered_names(len(self.names))
 
+    @property
+    def may_count(self) -> bool:
+        """Whether class numbers may be read too, as the model's training wrote no other numbers."""
+        extra = (self.trained or {}).keys() - set(self.names)
+        return not any(_counts_like(text) for text in extra)
+
     def translated(self, written: Mapping[str, str]) -> LabelSet:
         """The same labels, for data that writes them as the mapping's keys."""
         if unknown := [name for name in written.values() if name not in self.names]:
@@ -161,15 +167,17 @@ def check_label(row: Row, names: LabelNames | None = None, problem_type: str | N
     if any(map(_is_number, odd)) or (measured and (odd or not values)):
         raise row.error(
             "label",
-            f"must be a finite number, got {shown(value)}; remedy: correct it, or "
+            f"must be a finite number, got {shown(value)}; remedy: {_correction(value)}, or "
             f"data.bad_rows=skip to leave out such rows",
         )
     if measured:
         return
-    numbers = all(isinstance(each, int | float) for each in values)
-    if names is None or (numbers and len(values) == len(names)):  # may be regression values
+    if names is None:
         return
     table = _by_name(names.values() if isinstance(names, Mapping) else names)
+    numbers = all(isinstance(each, int | float) for each in values)
+    if numbers and len(values) == len(table):  # may be multi-hot, or regression values
+        return
     written = {**table, **names} if isinstance(names, Mapping) else table
     for each in values:
         counts = not isinstance(names, Mapping) and _is_count(each, len(table))
@@ -199,9 +207,13 @@ class DistinctLabels:
     `read_labels` infers the same from `rows` as from the whole stream. Each distinct label is kept
     once. Beyond MAX_LABELS, labels must be measured values or sets of labels, and only those with
     a new element or length are kept.
+
+    Args:
+        problem_type: one of gptj.config.PROBLEM_TYPES; None: not yet known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, problem_type: str | None = None) -> None:
+        self._problem_type = problem_type
         self.rows: list[Row] = []
         self._seen: set[str | int] = set()
 
@@ -212,23 +224,33 @@ class DistinctLabels:
             return
         new: set[str | int] = {text}
         if len(self.rows) >= MAX_LABELS:
-            new = _features(row) - self._seen
+            new = self._features(row) - self._seen
         if not new:
             return
         if len(self.rows) == 2 * MAX_LABELS:
+            is_open = self._problem_type is None
+            remedy = f"; remedy: data.problem_type={REGRESSION} for values to predict"
+            remedy = remedy if is_open else ""
             raise row.error(
                 "label",
                 f"is one of more than {len(self.rows)} distinct names or class numbers, too many "
-                f"for labels",
+                f"for labels{remedy}",
             )
         self._seen |= new
         self.rows.append(row)
         if len(self.rows) == MAX_LABELS:
-            self._seen.update(*map(_features, self.rows))
+            self._seen.update(*map(self._features, self.rows))
+
+    def _features(self, row: Row) -> set[str | int]:
+        return _features(row, self._problem_type == REGRESSION)
 
 
-def _features(row: Row) -> set[str | int]:
-    """A label's informative features: its elements and their number."""
+def _features(row: Row, is_measured: bool) -> set[str | int]:
+    """A label's informative features: its elements and their number.
+
+    Args:
+        is_measured: whether all labels are known to be values to predict.
+    """
     value = row.value("label")
     if isinstance(value, str) and not row.typed:
         text = value.strip()
@@ -237,16 +259,16 @@ def _features(row: Row) -> set[str | int]:
                 value = parse_json(text)
             except ValueError:
                 value = text
-        elif _NUMBER.fullmatch(text):
+        elif (_MEASURED if is_measured else _NUMBER).fullmatch(text):
             value = float(text)
     if not isinstance(value, list):
-        return {_feature(value)}
-    return {len(value), *map(_feature, value)}
+        return {_feature(value, is_measured)}
+    return {len(value), *(_feature(each, is_measured) for each in value)}
 
 
-def _feature(value: Any) -> str:
-    """The value as JSON, or "measured" for any non-integer number."""
-    measured = isinstance(value, float) and _is_finite(value) and not value.is_integer()
+def _feature(value: Any, is_measured: bool) -> str:
+    """The value as JSON, or "measured" for any number that is no class number."""
+    measured = _is_finite(value) and (is_measured or not _is_whole(value))
     return "measured" if measured else json.dumps(value, ensure_ascii=False)
 
 
@@ -271,13 +293,14 @@ class _Known:
 
 def _known(labels: LabelSet | None, names: LabelNames | None, problem_type: str | None) -> _Known:
     if labels is not None:
+        decided = labels.written is not None
         if labels.written is None and labels.trained is not None:
+            decided = not labels.may_count
             # Of three labels or more, lists are never both names' numbers and multi-hot.
             multi_hot = labels.multi_hot if len(labels.names) < 3 else None
             written = _by_name(labels.names) | dict(labels.trained)
             labels = replace(labels, written=written, multi_hot=multi_hot)
         table = labels.written or _by_name(labels.names)
-        decided = labels.written is not None
         return _Known(labels.problem_type, labels.names, table, decided, labels)
     if names is None:
         return _Known(problem_type, None, None, False, None)
@@ -297,6 +320,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _MEASURED = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # Also with a comma, which is never read as a point.
 _FRACTION = re.compile(r"[+-]?[0-9]*[.,][0-9]+([eE][+-]?[0-9]+)?")
+_WITH_COMMA = re.compile(r"[+-]?[0-9.,]*,[0-9.,]*[0-9]([eE][+-]?[0-9]+)?")
 _LIKE_A_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
@@ -341,28 +365,49 @@ def _typed(labels: Sequence[_Label], known: _Known) -> list[_Label]:
 
 
 def _refuse_odd_numbers(labels: Sequence[_Label], texts: Sequence[str]) -> None:
-    """DataError if most labels, but not all, are numbers with fractions: measured, or names.
+    """DataError if most labels, but not all, are numbers, some with fractions: measured, or names.
 
     Otherwise one cell such as N/A would make each number a class. Distinct labels are counted, so
-    that many rows with N/A change nothing.
+    that many rows with N/A change nothing. Whole numbers count beside one with a point, as in half
+    stars, but not beside one with a comma, which can be a list.
     """
     distinct = dict.fromkeys(texts)
     fractions = [text for text in distinct if _FRACTION.fullmatch(text)]
-    if 2 * len(fractions) <= len(distinct):
+    numbers = fractions
+    if any("," not in text for text in fractions):
+        both = _FRACTION, _MEASURED
+        numbers = [text for text in distinct if any(each.fullmatch(text) for each in both)]
+    if 2 * len(numbers) <= len(distinct):
         return
+    is_comma = any(map(_WITH_COMMA.fullmatch, distinct))
     odd, text = next(
         (label, text)
         for label, text in zip(labels, texts, strict=True)
-        if not _NUMBER.fullmatch(text)
+        if (_WITH_COMMA.fullmatch(text) if is_comma else not _NUMBER.fullmatch(text))
     )
-    example = next(filter(_NUMBER.fullmatch, fractions), fractions[0])
-    written = ", which is not written as 0.5 is" if _FRACTION.fullmatch(text) else ""
+    example = next(filter(_NUMBER.fullmatch, [*fractions, *numbers]), None)
+    such = f", such as {example}" if example is not None else ""
+    measured = (
+        f"data.problem_type={REGRESSION} for values to predict, with data.bad_rows=skip to leave "
+        f"out rows without one"
+    )
+    written = ", which is not written as 0.5 is" if text in numbers else ""
     raise odd.error(
-        f"is {shown(text)}{written}, but most of the {len(distinct)} different labels are numbers, "
-        f"such as {example}; remedy: data.problem_type={REGRESSION} for values to predict, "
-        f"with data.bad_rows=skip to leave out rows without one, or "
+        f"is {shown(text)}{written}, but most of the {len(distinct)} different labels are "
+        f"numbers{such}; remedy: {_WITH_POINTS if is_comma else measured}, or "
         f"data.problem_type={SINGLE_LABEL} for names"
     )
+
+
+_WITH_POINTS = "write numbers with a decimal point and without commas, as 1.5 or 1000"
+
+
+def _correction(value: Any) -> str:
+    """How to correct what should be a number, or a list of them."""
+    has_comma = any(
+        isinstance(each, str) and _WITH_COMMA.fullmatch(each) for each in _listed(value)
+    )
+    return _WITH_POINTS if has_comma else "correct it"
 
 
 def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
@@ -479,7 +524,8 @@ def _found(labels: Sequence[_Label], known: _Known, problem_type: str) -> LabelS
     if not known.decided and _are_class_numbers(values, names):
         _refuse_two_readings(labels, values, names)
         table = {**table, **{str(number): number for number in range(len(names))}}
-    return _label_set(labels, names, problem_type, table, multi_hot=False)
+    found = _label_set(labels, names, problem_type, table, multi_hot=False)
+    return found if known.labels is None else replace(found, trained=known.labels.trained)
 
 
 def _are_class_numbers(values: Sequence[Any], names: tuple[str, ...]) -> bool:
@@ -537,7 +583,7 @@ def _read_single(labels: Sequence[_Label], known: _Known, problem_type: str) -> 
             raise label.error(f"must be a name or a class number, got {shown(label.value)}")
     found = _found(labels, known, problem_type)
     targets = [_class_number(label, label.value, found, labels) for label in labels]
-    return ReadLabels(found, np.array(targets, dtype=np.int64), _how(labels, found))
+    return ReadLabels(found, np.array(targets, dtype=np.int64), _how(labels, found, known))
 
 
 def _read_lists(labels: Sequence[_Label], known: _Known) -> ReadLabels:
@@ -549,7 +595,8 @@ def _read_lists(labels: Sequence[_Label], known: _Known) -> ReadLabels:
         multi_hot = _is_multi_hot(labels, known.names)
     if not multi_hot:
         found = _found(labels, known, MULTI_LABEL)
-        return ReadLabels(found, _set_targets(labels, found), f"in lists {_how(labels, found)}")
+        how = _how(labels, found, known)
+        return ReadLabels(found, _set_targets(labels, found), f"in lists {how}")
     names = known.names or _numbered_names(len(labels[0].value))
     found = _label_set(labels, names, MULTI_LABEL, known.table or _by_name(names), multi_hot=True)
     for label in labels:
@@ -583,7 +630,12 @@ def _read_numbers(labels: Sequence[_Label], known: _Known) -> ReadLabels:
     for label in labels:
         numbers = _listed(label.value)
         if not all(map(_is_finite, numbers)):
-            raise label.error(f"must be a finite number, got {shown(label.value)}")
+            raise label.error(
+                f"must be a finite number, got {shown(label.value)}; remedy: "
+                f"{_correction(label.value)}, or data.problem_type={REGRESSION} with "
+                f"data.bad_rows=skip to leave out such rows; for prepared data, give both to "
+                f"jobs/prepare_data.py"
+            )
         if len(numbers) != len(names):
             raise label.error(f"must be {len(names)} numbers, got {shown(label.value)}")
         rows.append(numbers)
@@ -637,13 +689,16 @@ def _is_no_label(
     return why
 
 
-def _how(labels: Sequence[_Label], found: LabelSet) -> str:
+def _how(labels: Sequence[_Label], found: LabelSet, known: _Known) -> str:
     assert found.written is not None
-    if _all_named(_values(labels), _by_name(found.names)):
+    values = _values(labels)
+    if _all_named(values, _by_name(found.names)):
         return "by name"
-    others = {key: number for key, number in found.written.items() if key not in found.names}
-    counted = others == {str(number): number for number in range(len(found.names))}
-    return "by class number" if counted else "as data.label_names has them"
+    counts = {str(number): number for number in range(len(found.names))}
+    if all(_lookup(value, counts) == _lookup(value, found.written) for value in values):
+        return "by class number"
+    trained = known.labels is not None and known.labels.trained is not None
+    return "as in the model's training" if trained else "as data.label_names has them"
 
 
 def _lookup(value: Any, table: Mapping[str, int]) -> int | None:
@@ -668,6 +723,11 @@ def _all_named(values: Iterable[Any], table: Mapping[str, int]) -> bool:
 
 def _has_numbers(names: Iterable[str]) -> bool:
     return any(_LIKE_A_NUMBER.fullmatch(name) for name in names)
+
+
+def _counts_like(text: str) -> bool:
+    """Whether data can have it for a class number: a number, or false or true for 0 or 1."""
+    return bool(_LIKE_A_NUMBER.fullmatch(text)) or text.lower() in ("false", "true")
 
 
 def _values(labels: Iterable[_Label]) -> list[Any]:

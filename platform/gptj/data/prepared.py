@@ -127,6 +127,12 @@ class Prepared:
         return names
 
     @property
+    def problem_type(self) -> str | None:
+        """The kind its labels were checked as, if any."""
+        found: str | None = self.index.settings.get("problem_type")
+        return found
+
+    @property
     def digest(self) -> str:
         """SHA-256 of everything that training reads: the shards in order."""
         shards = "".join(f"{s.name} {s.content or s.sha256}\n" for s in self.index.shards)

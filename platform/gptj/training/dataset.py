@@ -204,8 +204,17 @@ def raw_plan(
     *,
     chunk_characters: int = CHUNK_CHARACTERS,
 ) -> Plan:
-    """How to read a run's raw "train" or "evaluation" data. Raises DataError like Plan.of."""
+    """How to read a run's raw "train" or "evaluation" data.
+
+    Raises:
+        DataError: like Plan.of.
+        SettingsError, FileNotFoundError, CheckpointError: like checkpoint_labels.
+    """
     data, split = settings.data, None
+    problem_type: str | None = data.problem_type
+    if problem_type is None and settings.task == "classification":
+        trained = checkpoint_labels(settings)
+        problem_type = None if trained is None else trained.problem_type
     if data.evaluation_split is not None:
         cut = "text" if settings.task == "causal-lm" else None  # a book is one row
         held_out = name == "evaluation"
@@ -218,9 +227,9 @@ def raw_plan(
         bad_rows=data.bad_rows,
         chunk_characters=chunk_characters,
         task=settings.task,
-        label_names=(data.label_names or None) if data.problem_type != "regression" else None,
+        label_names=(data.label_names or None) if problem_type != "regression" else None,
         split=split,
-        problem_type=data.problem_type,
+        problem_type=problem_type,
     )
 
 
@@ -355,7 +364,11 @@ def check_prepared(settings: Settings, address: str) -> None:
             "bad_rows": data.bad_rows == "skip",
         }
     if wrong := [f"data.{name}" for name, value in given.items() if value]:
+        again = "; to leave out rows, prepare them again with bad_rows=skip"
+        if settings.task == "classification":
+            again += ", and problem_type=regression for values to predict"
         raise SettingsError(
-            f"{address} is prepared, but {', '.join(wrong)} applies to raw data: leave it "
-            f"out" + (", and prepare evaluation data" if data.evaluation_split else "")
+            f"{address} is prepared, but {', '.join(wrong)} applies to raw data: leave it out"
+            + (", and prepare evaluation data" if data.evaluation_split else "")
+            + (again if data.bad_rows == "skip" else "")
         )

@@ -73,7 +73,7 @@ class Classification(Task[ClassificationData]):
             tokenizer,
             length,
             label_names=names,
-            problem_type=options.problem_type,
+            problem_type=options.problem_type or prepared.problem_type,
         )
 
     def labels_in(
