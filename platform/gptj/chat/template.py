@@ -17,7 +17,12 @@ from typing import Any
 from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError
 
-from gptj.chat.environment import BLOCK_END, BLOCK_START, new_environment
+from gptj.chat.environment import (
+    BLOCK_END,
+    BLOCK_START,
+    LimitedEnvironment,
+    new_environment,
+)
 from gptj.chat.errors import ChatTemplateError, SlowTemplateError
 from gptj.chat.limits import MAX_SECONDS, LimitError, TimeLimitError, limited
 
@@ -83,13 +88,13 @@ class ChatTemplate:
             ) from error
         self._template = Template.from_code(environment, code, dict(environment.globals))
         # Strings that end a reply, from the template's `{% set stop = […] %}` if it has one.
-        self.stop = self._stop()
+        self.stop = self._stop(environment)
 
-    def _stop(self) -> tuple[str, ...]:
+    def _stop(self, environment: LimitedEnvironment) -> tuple[str, ...]:
         for node in self._tree.body:
             if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
                 if node.target.name == STOP:
-                    return _strings(node.node)
+                    return _strings(environment, node.node)
         return ()
 
     @cached_property
@@ -218,12 +223,19 @@ def _without_nulls(message: Message) -> dict[str, Any]:
     return {name: value for name, value in message.items() if value is not None}
 
 
-def _strings(node: nodes.Node) -> tuple[str, ...]:
+def _strings(environment: LimitedEnvironment, node: nodes.Node) -> tuple[str, ...]:
+    """The strings of an expression without variables; none if it is anything else."""
+    if isinstance(node, nodes.Name) or node.find(nodes.Name) is not None:
+        return ()
+    # Not by as_const: it leaves out the operators that the sandbox checks, such as +.
+    name = nodes.Name(STOP, "store", lineno=node.lineno)
+    body: list[nodes.Node] = [nodes.Assign(name, node, lineno=node.lineno)]
+    expression = environment.from_string(nodes.Template(body, lineno=node.lineno))
     try:
         with limited():
-            value = node.as_const() if isinstance(node, nodes.Expr) else None
-    except nodes.Impossible:
-        return ()  # not a constant
+            value = getattr(expression.make_module(), STOP)
+    except _FAILURES:
+        return ()
     if isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value):
         return tuple(value)
     return ()
