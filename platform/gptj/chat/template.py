@@ -35,6 +35,9 @@ STOP = "stop"
 _OPEN_END = "\ue000CONTINUED\ue000 "
 
 QUICK_SECONDS = 0.25  # of CPU time; usual chats take milliseconds
+# In a row, after which the next is taken for slow: a single one may be chance, such as a garbage
+# collection.
+SLOW_CHATS = 2
 
 # Errors that a template's code can raise; anything else is our bug.
 _FAILURES = (
@@ -74,7 +77,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         self.source = source
-        self.is_slow = False  # whether a short chat has taken more than QUICK_SECONDS
+        self._slow_chats = 0  # the last ones, in a row
         self._special_tokens = dict(special_tokens or {})
         environment = new_environment()
         try:
@@ -96,6 +99,15 @@ class ChatTemplate:
                 if node.target.name == STOP:
                     return _strings(environment, node.node)
         return ()
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the last chats took long: see `note`."""
+        return self._slow_chats >= SLOW_CHATS
+
+    def note(self, *, is_slow: bool) -> None:
+        """Of a chat that was rendered, in any thread."""
+        self._slow_chats = self._slow_chats + 1 if is_slow else 0
 
     @cached_property
     def marks_turns(self) -> bool:
