@@ -12,9 +12,10 @@ import pytest
 from pydantic import BaseModel, Field
 
 from gptj import GPTJTokenizer
+from gptj.engine.constraints import one_of
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.constraints.grammar import Grammar, GrammarError
-from gptj.engine.constraints.one_of import without_one_of
+from gptj.engine.constraints.one_of import MAX_STEPS, _Rewriting, without_one_of
 
 
 class Cat(BaseModel):
@@ -103,6 +104,105 @@ def test_the_same_values_are_valid(schema: dict[str, Any]) -> None:
 def test_many_branches_take_little_work() -> None:
     schema = {"oneOf": [{"const": number} for number in range(5000)]}
     assert without_one_of(schema) == schema  # too many to compare
+
+
+def linked(kinds: tuple[Any, Any], required: list[str]) -> dict[str, Any]:
+    """A union of two objects that contain each other, as lists do."""
+    return {
+        "$defs": {
+            name: {
+                "type": "object",
+                "properties": {"next": {"$ref": f"#/$defs/{other}"}, "kind": value},
+                "required": required,
+            }
+            for name, other, value in zip("AB", "BA", kinds, strict=True)
+        },
+        "oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}],
+    }
+
+
+def test_branches_that_contain_each_other_are_told_apart_by_their_constants() -> None:
+    names = [f"property {number}" for number in range(20)]  # as a set, in any order
+    schema = linked(({"const": "a"}, {"const": "b"}), ["next", "kind", *names])
+    for each in schema["$defs"].values():
+        each["properties"] = {**{key: {"$ref": "#"} for key in names}, **each["properties"]}
+    assert '"oneOf"' not in json.dumps(without_one_of(schema))
+
+
+@pytest.mark.parametrize("required", [["next"], ["next", "kind"], ["kind", "next"]])
+def test_branches_that_only_contain_each_other_are_not(required: list[str]) -> None:
+    schema = linked(({"type": "string"}, {"type": "string"}), required)
+    assert without_one_of(schema) == schema
+
+
+def test_deep_branches_are_not_compared_to_their_end() -> None:
+    first, second = {"const": "a"}, {"const": "b"}
+    for _ in range(200):
+        first, second = kind(first), kind(second)
+    schema = {"oneOf": [first, second]}
+    assert without_one_of(schema) == schema
+
+
+def shared_enum(size: int, properties: int) -> dict[str, Any]:
+    names = [f"p{number}" for number in range(properties)]
+
+    def branch() -> dict[str, Any]:
+        return {
+            "type": "object",
+            "properties": {name: {"$ref": f"#/$defs/{name[-1]}"} for name in names},
+            "required": names,
+        }
+
+    return {
+        "$defs": {str(digit): {"enum": list(range(size))} for digit in range(10)},
+        "oneOf": [branch(), branch()],
+    }
+
+
+@pytest.mark.parametrize(("size", "properties"), [(100, 2000), (8000, 2000), (50_000, 10)])
+def test_a_large_enum_is_read_once_within_the_steps(
+    size: int, properties: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    key = one_of._key
+    monkeypatch.setattr(one_of, "_key", lambda value: read.append(value) or key(value))
+    schema = shared_enum(size, properties)
+    assert without_one_of(schema) == schema
+    assert len(read) <= min(10 * size, MAX_STEPS)
+
+
+def test_properties_and_references_count_as_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[bool] = []
+    disjoint = _Rewriting._disjoint
+
+    def counted(self: _Rewriting, ours: Any, theirs: Any) -> bool:
+        compared.append(True)
+        return disjoint(self, ours, theirs)
+
+    monkeypatch.setattr(_Rewriting, "_disjoint", counted)
+    names = [f"p{number}" for number in range(MAX_STEPS)]
+    wide = [kind({}, properties={key: {} for key in names}, required=names) for _ in range(2)]
+    assert without_one_of({"oneOf": wide}) == {"oneOf": wide}
+    assert len(compared) <= 2 * MAX_STEPS + 2
+    compared.clear()
+    far = {"$ref": "#" + "/a" * MAX_STEPS}
+    schema = {"oneOf": [{"const": 1}, *({**far} for _ in range(100))]}
+    rewriting = _Rewriting(schema)
+    assert rewriting.of(schema) == schema and not compared
+
+
+def test_unions_of_many_branches_are_told_apart() -> None:
+    properties = {f"p{number}": {"type": "string"} for number in range(20)}
+    branches = [
+        kind({}, properties={**properties, "kind": {"const": each}}, required=["p3", "kind"])
+        for each in range(100)
+    ]
+    assert "anyOf" in without_one_of({"oneOf": branches})
+
+
+@pytest.mark.parametrize("number", [10**4000, 1.5, 1e300])
+def test_numbers_of_any_size_are_told_apart(number: float) -> None:
+    assert "anyOf" in without_one_of({"oneOf": [{"const": number}, {"const": -number}]})
 
 
 def test_unions_compile_and_others_are_refused_with_the_remedy() -> None:

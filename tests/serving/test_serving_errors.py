@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from serving_client import ANSWERS, CHATS, CLASSIFICATION, COMPLETIONS, EMBEDDIN
 from serving_models import CONTEXT, SHORT_CONTEXT, Models, applications, mounted
 
 from gptj.serving.app import new_app
+from gptj.serving.batched_rows import BatchedRows
 from gptj.serving.chat.messages import ChatMessage
 from gptj.serving.chat.schemas import ChatRequest
 from gptj.serving.classification import ClassificationParameters, ClassificationRequest
@@ -69,6 +71,34 @@ def test_an_id_beyond_the_embedding_fails_no_other_request(models: Models) -> No
 
     with applications(beyond) as apps:
         asyncio.run(replies(apps))
+
+
+def test_ids_are_checked_on_text_threads(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the event loop: a request may have a million."""
+    threads: list[str] = []
+    check = BatchedRows.checked
+
+    def recorded(self: BatchedRows[Any], rows: Sequence[list[int]]) -> Sequence[list[int]]:
+        threads.append(threading.current_thread().name.rsplit("_", 1)[0])
+        return check(self, rows)
+
+    monkeypatch.setattr(BatchedRows, "checked", recorded)
+    bodies: dict[str, dict[str, Any]] = {
+        CLASSIFICATION: {"inputs": ["A tower"]},
+        ANSWERS: {"inputs": {"question": "Who?", "context": "Anna"}},
+        EMBEDDINGS: {"input": [[5, 6], [7]]},
+    }
+
+    async def statuses(apps: dict[str, FastAPI]) -> list[int]:
+        transport = httpx.ASGITransport(mounted({**apps}))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [
+                (await client.post(path, json=body)).status_code for path, body in bodies.items()
+            ]
+
+    with applications(models) as apps:
+        assert asyncio.run(statuses(apps)) == [200] * len(bodies)
+    assert threads == ["short text"] * len(bodies)
 
 
 WRONG: list[tuple[str, Any, int, str]] = [

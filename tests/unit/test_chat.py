@@ -252,6 +252,29 @@ def test_a_template_sets_the_stop_strings() -> None:
         assert ChatTemplate(source).stop == ()
 
 
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        (r"""["\n" + "You:"]""", ("\nYou:",)),
+        (r"""["\nYou:"] + ["x"]""", ("\nYou:", "x")),
+        (r"""["\n" ~ "You:"]""", ("\nYou:",)),
+        ("""["=" * 3] * 2""", ("===", "===")),
+        ("""["%s:" % "You"]""", ("You:",)),
+        ("""["You:" | upper, "%s:" | format("I")]""", ("YOU:", "I:")),
+        ("""("a", "b")""", ("a", "b")),
+        ("""["a"] if 2 ** 2 == 4 else []""", ("a",)),
+        ("""["a" + 1]""", ()),
+        ("""["a"] * 1000000000""", ()),
+        ("""["a", other]""", ()),
+        ("""["a" + eos_token]""", ()),
+        ("""other""", ()),
+        ("""[] + []""", ()),
+    ],
+)
+def test_stop_strings_are_computed(expression: str, expected: tuple[str, ...]) -> None:
+    assert ChatTemplate(f"{{% set stop = {expression} %}}").stop == expected
+
+
 def test_templates_that_only_take_content_parts_are_detected() -> None:
     wanting = {name for name, source in PUBLISHED.items() if ChatTemplate(source).wants_parts}
     assert wanting == {"idefics3"}

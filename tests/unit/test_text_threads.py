@@ -13,9 +13,20 @@ import pytest
 
 import gptj.serving
 from gptj import GPTJTokenizer
-from gptj.serving.errors import SCOPE, OverloadedError
+from gptj.chat import ChatTemplate
+from gptj.serving.chat import messages as messages_module
+from gptj.serving.chat.messages import ChatMessage, TemplateFields, rendering_size
+from gptj.serving.errors import SCOPE, InvalidRequestError, OverloadedError
 from gptj.serving.reply_threads import in_reply_thread
-from gptj.serving.text_threads import LONG, LONG_THREADS, TextThreads
+from gptj.serving.text_threads import (
+    LONG,
+    LONG_THREADS,
+    MAX_WAITING,
+    SLOW,
+    TextThreads,
+    in_quick_thread,
+    in_template_thread,
+)
 
 name: ContextVar[str] = ContextVar("name")
 
@@ -71,6 +82,75 @@ def test_too_many_long_texts_are_refused_and_those_who_leave_make_room() -> None
 
     asyncio.run(check())
     assert sorted(answered) == [*range(LONG_THREADS), LONG_THREADS + 1, LONG_THREADS + 2, 101]
+
+
+def test_no_text_waits_for_slow_templates_and_few_of_them_wait() -> None:
+    threads, proceed = TextThreads(max_slow_waiting=2), threading.Event()
+    begun = threading.Event()
+
+    def render() -> bool:
+        begun.set()
+        return proceed.wait(30) and not in_quick_thread()
+
+    async def check() -> None:
+        slow = [asyncio.ensure_future(threads.run(SLOW, render))]
+        assert await asyncio.to_thread(begun.wait, 30)
+        slow += [asyncio.ensure_future(threads.run(SLOW, render)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="2 chats with slow templates wait") as refused:
+            await threads.run(SLOW, render)
+        assert refused.value.headers == {"Retry-After": "1", SCOPE: "texts"}
+        for size in (1, LONG, LONG + 1, MAX_WAITING):
+            assert await asyncio.wait_for(threads.run(size, in_quick_thread), 30)
+        assert not any(each.done() for each in slow)
+        proceed.set()
+        assert await asyncio.gather(*slow) == [True] * 3
+
+    asyncio.run(check())
+
+
+class Chats(TemplateFields):
+    """Chats with a template that is slow while `endless`, and the threads that rendered them."""
+
+    def chat(self, template: ChatTemplate, text: str, endless: bool) -> str:
+        messages = [ChatMessage(role="user", content=text)]
+        self.chat_template_kwargs = {"n": 99999 if endless else 1}
+
+        def rendered() -> str:
+            used.append(threading.current_thread().name.rsplit("_", 1)[0])
+            return self.rendered(template, messages)
+
+        async def run() -> str:
+            return await in_template_thread(lambda: rendering_size(template, messages), rendered)
+
+        used: list[str] = []
+        if endless:
+            with pytest.raises(InvalidRequestError, match="does too much: it takes more than"):
+                asyncio.run(run())
+        else:
+            asyncio.run(run())
+        return ", ".join(used)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("hi", "short text"), ("hi" * LONG, "long text")], ids=["short", "long"]
+)
+def test_a_template_is_slow_after_two_slow_chats_and_quick_after_a_quick_one(
+    text: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(messages_module, "QUICK_SECONDS", 0.1)
+    monkeypatch.setattr(messages_module, "MAX_SECONDS", 0.3)
+    template = ChatTemplate(
+        "{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}"
+    )
+    chats = Chats()
+    assert chats.chat(template, text, endless=True) == f"{kind}, slow template"
+    assert chats.chat(template, text, endless=False) == kind  # a single one was chance
+    assert chats.chat(template, text, endless=True) == f"{kind}, slow template"
+    assert chats.chat(template, text, endless=True) == f"{kind}, slow template"
+    assert chats.chat(template, text, endless=True) == "slow template"
+    assert chats.chat(template, text, endless=False) == "slow template"
+    assert chats.chat(template, text, endless=False) == kind
 
 
 def test_a_text_above_the_bound_may_wait_alone() -> None:

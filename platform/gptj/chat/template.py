@@ -17,7 +17,12 @@ from typing import Any
 from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError
 
-from gptj.chat.environment import BLOCK_END, BLOCK_START, new_environment
+from gptj.chat.environment import (
+    BLOCK_END,
+    BLOCK_START,
+    LimitedEnvironment,
+    new_environment,
+)
 from gptj.chat.errors import ChatTemplateError, SlowTemplateError
 from gptj.chat.limits import MAX_SECONDS, LimitError, TimeLimitError, limited
 
@@ -30,6 +35,9 @@ STOP = "stop"
 _OPEN_END = "\ue000CONTINUED\ue000 "
 
 QUICK_SECONDS = 0.25  # of CPU time; usual chats take milliseconds
+# In a row, after which the next is taken for slow: a single one may be chance, such as a garbage
+# collection.
+SLOW_CHATS = 2
 
 # Errors that a template's code can raise; anything else is our bug.
 _FAILURES = (
@@ -69,7 +77,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         self.source = source
-        self.is_slow = False  # whether a short chat has taken more than QUICK_SECONDS
+        self._slow_chats = 0  # the last ones, in a row
         self._special_tokens = dict(special_tokens or {})
         environment = new_environment()
         try:
@@ -83,14 +91,23 @@ class ChatTemplate:
             ) from error
         self._template = Template.from_code(environment, code, dict(environment.globals))
         # Strings that end a reply, from the template's `{% set stop = […] %}` if it has one.
-        self.stop = self._stop()
+        self.stop = self._stop(environment)
 
-    def _stop(self) -> tuple[str, ...]:
+    def _stop(self, environment: LimitedEnvironment) -> tuple[str, ...]:
         for node in self._tree.body:
             if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
                 if node.target.name == STOP:
-                    return _strings(node.node)
+                    return _strings(environment, node.node)
         return ()
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the last chats took long: see `note`."""
+        return self._slow_chats >= SLOW_CHATS
+
+    def note(self, *, is_slow: bool) -> None:
+        """Of a chat that was rendered, in any thread."""
+        self._slow_chats = self._slow_chats + 1 if is_slow else 0
 
     @cached_property
     def marks_turns(self) -> bool:
@@ -218,12 +235,19 @@ def _without_nulls(message: Message) -> dict[str, Any]:
     return {name: value for name, value in message.items() if value is not None}
 
 
-def _strings(node: nodes.Node) -> tuple[str, ...]:
+def _strings(environment: LimitedEnvironment, node: nodes.Node) -> tuple[str, ...]:
+    """The strings of an expression without variables; none if it is anything else."""
+    if isinstance(node, nodes.Name) or node.find(nodes.Name) is not None:
+        return ()
+    # Not by as_const: it leaves out the operators that the sandbox checks, such as +.
+    name = nodes.Name(STOP, "store", lineno=node.lineno)
+    body: list[nodes.Node] = [nodes.Assign(name, node, lineno=node.lineno)]
+    expression = environment.from_string(nodes.Template(body, lineno=node.lineno))
     try:
         with limited():
-            value = node.as_const() if isinstance(node, nodes.Expr) else None
-    except nodes.Impossible:
-        return ()  # not a constant
+            value = getattr(expression.make_module(), STOP)
+    except _FAILURES:
+        return ()
     if isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value):
         return tuple(value)
     return ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
@@ -84,17 +83,24 @@ class BatchedRows(Generic[Result]):
             finish=self._model.close,
         )
 
-    async def results(self, rows: Sequence[list[int]]) -> list[Result]:
-        """One for each row. Cancelling the call withdraws waiting rows.
+    def checked(self, rows: Sequence[list[int]]) -> Sequence[list[int]]:
+        """The rows, if the model has their ids: another would fail all rows of its batch.
 
-        Raises InvalidRequestError for an id that the model does not have, QueueFullError,
-        ClosedError or ModelError.
+        A million ids take a while: not on the event loop. Raises InvalidRequestError.
         """
-        # It would fail the other rows of its batch as well.
-        try:
-            check_ids("inputs", chain.from_iterable(rows), self._vocab_size)
-        except ValueError as error:
-            raise InvalidRequestError(str(error)) from error
+        for row in rows:
+            if row and not 0 <= min(row) <= max(row) < self._vocab_size:
+                try:
+                    check_ids("inputs", row, self._vocab_size)
+                except ValueError as error:
+                    raise InvalidRequestError(str(error)) from error
+        return rows
+
+    async def results(self, rows: Sequence[list[int]]) -> list[Result]:
+        """One for each of `checked` rows. Cancelling the call withdraws waiting rows.
+
+        Raises QueueFullError, ClosedError or ModelError.
+        """
         return await results_of(self._batcher.submit(rows))
 
     def alive(self, within_seconds: float) -> bool:

@@ -173,7 +173,7 @@ class ClassificationService:
     def close(self) -> None:
         self._rows.close()
 
-    def _encode(self, inputs: Sequence[Input], truncation: bool) -> list[list[int]]:
+    def _encode(self, inputs: Sequence[Input], truncation: bool) -> Sequence[list[int]]:
         rows: list[list[int]] = []
         for number, each in enumerate(inputs):
             which = f"inputs[{number}]" if len(inputs) > 1 else "inputs"
@@ -192,7 +192,7 @@ class ClassificationService:
                 )["input_ids"]
             )
             self._check_length(which, "", len(rows[-1]))
-        return rows
+        return self._rows.checked(rows)
 
     def _check_length(self, which: str, known: str, length: int) -> None:
         remedy = "shorten the text, or set parameters.truncation"

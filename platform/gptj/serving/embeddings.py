@@ -186,7 +186,7 @@ class EmbeddingsService:
                 param="input",
             )
 
-    def _encode(self, request: EmbeddingsRequest) -> list[list[int]]:
+    def _encode(self, request: EmbeddingsRequest) -> Sequence[list[int]]:
         context = self._model.config.n_positions
         keep = request.truncate_prompt_tokens
         rows = []
@@ -208,7 +208,7 @@ class EmbeddingsService:
                 ids = ids[: context if keep == -1 else keep]
             self._check_length(which, "", len(ids))
             rows.append(ids)
-        return rows
+        return self._rows.checked(rows)
 
     def _check_length(self, which: str, known: str, length: int) -> None:
         remedy = "shorten it, or set truncate_prompt_tokens"

@@ -156,7 +156,9 @@ class QuestionAnsweringService:
         )
         _check("doc_stride", stride, 0, room - 1)
         self._check_windows(request.inputs.context, room, stride)
-        return windows(self._tokenizer, text, request.inputs.context, length, stride)
+        found = windows(self._tokenizer, text, request.inputs.context, length, stride)
+        self._rows.checked([part.input_ids for part in found])
+        return found
 
     def _question(self, request: QuestionAnsweringRequest) -> str:
         """The question, stripped and truncated to max_question_len."""

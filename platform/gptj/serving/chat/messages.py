@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,7 @@ from gptj.serving.requests import (
     examples,
     given_fields,
 )
-from gptj.serving.text_threads import LONG, in_short_thread
+from gptj.serving.text_threads import LONG, SLOW, in_quick_thread
 
 Content = str | list[dict[str, Any]]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -168,32 +169,40 @@ class TemplateFields(RequestModel):
     def rendered(self, template: ChatTemplate, messages: Sequence[ChatMessage]) -> str:
         """Checked messages as a prompt; run in a thread for `rendering_size`.
 
-        Raises InvalidRequestError if the template rejects them, and SlowTemplateError if its thread
-        is one for short texts and it takes long: from then on it has a size for another thread.
+        Raises InvalidRequestError if the template rejects them, and SlowTemplateError if they take
+        long and the thread is not the one for such chats.
         """
         begins = self.add_generation_prompt
-        is_short = in_short_thread()
+        quick = QUICK_SECONDS * max(1.0, _size(messages) / LONG)
+        is_quick = in_quick_thread()
+        start = time.thread_time()
         try:
-            return template.render(
+            text = template.render(
                 for_template(template, messages),
                 add_generation_prompt=not self.continue_final_message if begins is None else begins,
                 continue_final_message=self.continue_final_message,
                 variables=self.chat_template_kwargs,
-                seconds=QUICK_SECONDS if is_short else MAX_SECONDS,
+                seconds=min(quick, MAX_SECONDS) if is_quick else MAX_SECONDS,
             )
         except ChatTemplateError as error:
-            if isinstance(error, SlowTemplateError) and is_short:
-                template.is_slow = True
+            if isinstance(error, SlowTemplateError) and is_quick:
+                template.note(is_slow=True)
                 raise
             raise InvalidRequestError(
                 str(error), param="messages", code="chat_template_error"
             ) from error
+        if is_quick or time.thread_time() - start < quick:
+            template.note(is_slow=False)
+        return text
 
 
 def rendering_size(template: ChatTemplate, messages: Sequence[ChatMessage]) -> int:
     """About how many characters a chat has as a prompt, or takes as long as: see text_threads."""
-    size = sum(message.size for message in messages)
-    return LONG + size if template.is_slow else size
+    return SLOW if template.is_slow else _size(messages)
+
+
+def _size(messages: Sequence[ChatMessage]) -> int:
+    return sum(message.size for message in messages)
 
 
 def for_template(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
