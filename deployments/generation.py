@@ -32,8 +32,8 @@ from ray.serve.config import RequestRouterConfig
 from deployments import haproxy
 from deployments.device import replica_device
 from deployments.ledger import cluster_ledger
-from deployments.loading import PACKED_BITS, freeze_loaded, load, loading_turn, name_of
 from deployments.loading import Arguments as LoadingArguments
+from deployments.loading import freeze_loaded, load, loading_turn, name_of
 from deployments.logs import follow_serve
 from deployments.metrics import EngineReporter, serve_metrics
 from deployments.preflight import check_before_deploying
@@ -106,10 +106,6 @@ class Arguments(LoadingArguments):
     adapter_root: Annotated[str, AfterValidator(normalized)] | None = None
     max_loras: Annotated[int, Field(ge=1)] = 8  # adapters in memory, including `adapters`
     max_lora_rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = MAX_RANK
-
-    @property
-    def packed_bits(self) -> int | None:
-        return PACKED_BITS.get(self.quantization)
 
     def template(self, tokenizer: GPTJTokenizer) -> ChatTemplate | None:
         """The chat template, if any. Raises ChatTemplateError if it is invalid."""

@@ -90,7 +90,7 @@ class Arguments(BaseModel):
     @property
     def packed_bits(self) -> int | None:
         """Bits of a weight once it is packed for the CPU; None: it is not."""
-        return None
+        return PACKED_BITS.get(getattr(self, "quantization", "none"))  # an application's own
 
     def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
         """Check an application's further requirements of the tokenizer. Raises ValueError."""
@@ -122,10 +122,6 @@ class BatchArguments(Arguments):
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     # int8, int4: weights in 8 or 4 bits, faster and smaller on a CPU.
     quantization: IntQuantization = "none"
-
-    @property
-    def packed_bits(self) -> int | None:
-        return PACKED_BITS.get(self.quantization)
 
     def batching(self) -> Batching:
         return Batching(
@@ -279,10 +275,7 @@ def _config_and_tokenizer(
         if more := set(_more_ends(folder, config)).difference(ends):
             config.eos_token_id = [*ends, *sorted(more)]
     tokenizer = GPTJTokenizer.from_folder(folder)
-    try:
-        tokenizer.check_rows(config.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{arguments.checkpoint}: {error}") from error
+    tokenizer.check_rows(config.vocab_size, arguments.checkpoint)
     return config, tokenizer
 
 

@@ -199,10 +199,7 @@ def make_data(
         raise ValueError(
             f"sequence_length={length} exceeds the model's n_positions={config.n_positions}"
         )
-    try:
-        tokenizer.check_rows(config.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{settings.checkpoint}: {error}") from error
+    tokenizer.check_rows(config.vocab_size, settings.checkpoint)
     for other in TASKS.values():
         for key in set(other.own_settings) - set(task.own_settings):
             if (value := getattr(settings, key, None)) is not None:

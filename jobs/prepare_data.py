@@ -21,8 +21,8 @@ Keys, with their defaults:
                             for each, as {1: World, 2: Sports}; rows with other labels are bad;
                             default: a run finds them
     problem_type=…          classification: single_label_classification, regression or
-                            multi_label_classification; of a regression, rows whose label is no
-                            finite number are bad; default: a run says or finds it
+                            multi_label_classification; for a regression, rows whose label is
+                            not a finite number are bad; default: a run says or finds it
     delimiter=…             of CSV; default: the one in the header
     bad_rows=refuse         or skip: leave out unusable rows; the index counts and
                             names them

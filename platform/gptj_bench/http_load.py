@@ -59,21 +59,21 @@ class Load:
         for thread in threads:
             thread.join()
         seconds = time.perf_counter() - start
-        first = sorted(reply.first for reply in measured)
-        gaps = sorted((reply.end - reply.first) / max(reply.tokens - 1, 1) for reply in measured)
-        between = sorted(gap for reply in measured for gap in reply.gaps)
+        first = [reply.first for reply in measured]
+        gaps = [(reply.end - reply.first) / max(reply.tokens - 1, 1) for reply in measured]
+        between = [gap for reply in measured for gap in reply.gaps]
         return {
             "concurrency": concurrency,
             "requests": len(measured),
             "failed": len(failures),
             "failures": failures[:3],
             "tokens_per_s": round(sum(reply.tokens for reply in measured) / seconds, 1),
-            "ttft_p50_ms": _milliseconds(first, 0.5),
-            "ttft_p99_ms": _milliseconds(first, 0.99),
-            "tpot_p50_ms": _milliseconds(gaps, 0.5),
-            "tpot_p99_ms": _milliseconds(gaps, 0.99),
-            "gap_p50_ms": _milliseconds(between, 0.5),
-            "gap_p99_ms": _milliseconds(between, 0.99),
+            "ttft_p50_ms": milliseconds(first, 0.5),
+            "ttft_p99_ms": milliseconds(first, 0.99),
+            "tpot_p50_ms": milliseconds(gaps, 0.5),
+            "tpot_p99_ms": milliseconds(gaps, 0.99),
+            "gap_p50_ms": milliseconds(between, 0.5),
+            "gap_p99_ms": milliseconds(between, 0.99),
         }
 
     def _ask(self, prompt: list[int]) -> _Reply:
@@ -116,9 +116,11 @@ class _Reply:
     gaps: list[float]  # seconds between its events; one may have several tokens
 
 
-def _milliseconds(values: list[float], share: float) -> float | None:
+def milliseconds(values: list[float], share: float) -> float | None:
+    """A percentile of seconds, in ms; 0.5 is the median. None without values."""
     if not values:
         return None
+    values = sorted(values)
     if share == 0.5:
         return round(statistics.median(values) * 1e3, 1)
     return round(values[min(len(values) - 1, int(share * len(values)))] * 1e3, 1)

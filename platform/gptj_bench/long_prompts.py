@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import tempfile
 import threading
 import time
@@ -32,6 +31,7 @@ import httpx
 
 from gptj_bench import machine
 from gptj_bench.decode import DTYPES, OURS, split_dtype
+from gptj_bench.http_load import milliseconds
 from gptj_bench.serve import MODEL_NAME, ours, vllm
 from gptj_jobs import command_line
 
@@ -106,7 +106,7 @@ def measure(address: str, streams: int, prompt_tokens: int, prompts: int) -> Row
     return {
         "streams": streams,
         "prompt_tokens": prompt_tokens,
-        "first_token_ms": _milliseconds(statistics.median(end - start for start, end in windows)),
+        "first_token_ms": milliseconds([end - start for start, end in windows], 0.5),
         **summary([each.arrived for each in running], windows),
     }
 
@@ -120,15 +120,15 @@ def summary(arrived: Sequence[Sequence[float]], windows: Sequence[Window]) -> Ro
         for start, end in pairwise(times[1:]):
             busy = any(start < last and end > first for first, last in windows)
             (beside if busy else quiet).append(end - start)
-    median = statistics.median(quiet)
-    return {
-        "quiet_p50_ms": _milliseconds(median),
-        "quiet_p99_ms": _milliseconds(_p99(quiet)),
-        "beside_p50_ms": _milliseconds(statistics.median(beside)),
-        "beside_p99_ms": _milliseconds(_p99(beside)),
-        "beside_max_ms": _milliseconds(max(beside)),
-        "beside_p99 / quiet_p50": round(_p99(beside) / median, 2),
+    found: Row = {
+        "quiet_p50_ms": milliseconds(quiet, 0.5),
+        "quiet_p99_ms": milliseconds(quiet, 0.99),
+        "beside_p50_ms": milliseconds(beside, 0.5),
+        "beside_p99_ms": milliseconds(beside, 0.99),
+        "beside_max_ms": milliseconds(beside, 1.0),
     }
+    ratio = round(found["beside_p99_ms"] / found["quiet_p50_ms"], 2)
+    return {**found, "beside_p99 / quiet_p50": ratio}
 
 
 def _body(prompt: list[int], max_tokens: int) -> Row:
@@ -139,14 +139,6 @@ def _body(prompt: list[int], max_tokens: int) -> Row:
         "temperature": 0,
         "ignore_eos": True,
     }
-
-
-def _p99(values: list[float]) -> float:
-    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
-
-
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1e3, 1)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def test_a_containers_limit_counts(cgroup: Path) -> None:
 
 
 def test_the_page_cache_of_a_container_is_free(cgroup: Path) -> None:
-    """After a download of weights it is as large as they are; shared memory is no such cache."""
+    """After a download of weights it is as large as they are; shared memory is not part of it."""
     (cgroup / "memory.current").write_text("4900\n")
     (cgroup / "memory.max").write_text("5000\n")
     (cgroup / "memory.stat").write_text(

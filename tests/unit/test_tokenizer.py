@@ -402,9 +402,12 @@ def test_ids_with_gaps_between_them_can_be_decoded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"id {moved} is not in the vocabulary"):
         ours.convert_ids_to_tokens(moved)
     assert ours.rows_needed == 1000
-    ours.check_rows(1000)
-    with pytest.raises(ValueError, match=r"an id 999 \(for the token 'z'\), .* vocab_size is 999"):
-        ours.check_rows(999)
+    ours.check_rows(1000, "folder")
+    with pytest.raises(
+        ValueError,
+        match=r"^folder: the tokenizer has an id 999 \(for the token 'z'\), .* vocab_size is 999",
+    ):
+        ours.check_rows(999, "folder")
     ours.add_tokens("a new one")
     assert ours.rows_needed == max(ours.get_vocab().values()) + 1
 

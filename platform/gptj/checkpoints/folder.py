@@ -122,7 +122,7 @@ class ModelFolder:
             return opened
         checks = [] if before_weights is None else [before_weights]
 
-        def check() -> None:
+        def check() -> None:  # once: before a fetch or, with a cached copy, after the lease
             while checks:
                 checks.pop()(opened)
 
@@ -137,7 +137,8 @@ class ModelFolder:
             opened.close()
             raise
         if from_hub and before_weights is not None:
-            opened.address = _locate(address, revision, WEIGHTS, hub or {})
+            # Of the same commit: a branch may have moved.
+            opened.address = _locate(address, opened.commit or revision, WEIGHTS, hub or {})
         # In S3, sizes are checked as the files are read: a listing would cost a request. A hub
         # download has only the files that were needed.
         if manifest is not None and not in_s3 and not from_hub:

@@ -267,7 +267,7 @@ def _features(row: Row, is_measured: bool) -> set[str | int]:
 
 
 def _feature(value: Any, is_measured: bool) -> str:
-    """The value as JSON, or "measured" for any number that is no class number."""
+    """The value as JSON, or "measured" for any number that is not a class number."""
     measured = _is_finite(value) and (is_measured or not _is_whole(value))
     return "measured" if measured else json.dumps(value, ensure_ascii=False)
 
@@ -427,7 +427,7 @@ def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
         if kind(first.value) and other is not first:
             skip = (
                 f", or data.problem_type={REGRESSION} and data.bad_rows=skip to leave out those "
-                f"that are no number"
+                f"that are not numbers"
                 if _is_number(first.value) or _is_number(other.value)
                 else ""
             )

@@ -165,10 +165,7 @@ def _tokenizer(adapter: ModelFolder, config: GPTJConfig) -> GPTJTokenizer | None
     if not any(name in adapter for name in TOKENIZER_FILES):
         return None
     tokenizer = GPTJTokenizer.from_folder(adapter)
-    try:
-        tokenizer.check_rows(config.vocab_size)
-    except ValueError as error:
-        raise CheckpointError(f"{adapter.address}: {error}") from error
+    tokenizer.check_rows(config.vocab_size, adapter.address)
     return tokenizer
 
 

@@ -168,8 +168,5 @@ def _tokenizer(
         )
         return None
     tokenizer = GPTJTokenizer.from_pretrained(address or place.address)
-    try:
-        tokenizer.check_rows(config.vocab_size)
-    except ValueError as error:
-        raise CheckpointError(f"{address or place.address}: {error}") from error
+    tokenizer.check_rows(config.vocab_size, address or place.address)
     return tokenizer

@@ -376,7 +376,7 @@ class Adapters:
         if any(name in folder for name in VOCABULARY_FILES):
             try:
                 tokenizer = GPTJTokenizer.own(folder)
-            except NoTokenizerError as error:  # files are missing, which is no fault of storage
+            except NoTokenizerError as error:  # files are missing: retrying does not help
                 raise CheckpointError(str(error)) from error
             self._check_entries(folder.address, tokenizer.get_vocab())
             return template_of(tokenizer)

@@ -56,13 +56,13 @@ def bounds(**schema: Any) -> Any:
     return Field(json_schema_extra=schema)
 
 
-def check_count(name: str, value: Any, schema: Mapping[str, Any]) -> None:
+def check_count(name: str, value: list[Any], schema: Mapping[str, Any]) -> None:
     """InvalidRequestError if a list has more items than its schema's `maxItems`.
 
     In a schema with alternatives, that of the lists with such items as the first is meant. A field
     that takes no items at all says so itself.
     """
-    if not isinstance(value, list) or not value:
+    if not value:
         return
     for each in schema.get("anyOf", [schema]):
         items, most = each.get("items", {}), each.get("maxItems")
@@ -72,7 +72,8 @@ def check_count(name: str, value: Any, schema: Mapping[str, Any]) -> None:
             raise InvalidRequestError(f"{name} may have {most} items, got {len(value)}", param=name)
         if items.get("type") == "array":
             for item in value:
-                check_count(name, item, items)
+                if isinstance(item, list):
+                    check_count(name, item, items)
 
 
 _JSON_TYPES = {str: "string", int: "integer", float: "integer", list: "array", dict: "object"}
@@ -168,8 +169,9 @@ class RequestModel(BaseModel):
         InvalidRequestError for a list with too many items.
         """
         assert info.field_name is not None
-        field = cls.model_fields[info.field_name]
-        check_count(field.alias or info.field_name, value, _documented(field))
+        if isinstance(value, list):
+            field = cls.model_fields[info.field_name]
+            check_count(field.alias or info.field_name, value, _documented(field))
         whole = [value]
         left = [whole]
         while left:  # iterative, since clients decide the depth

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, pre_tokenizers, trainers
 from gptj import storage
 from gptj.adapters.base import Base
 from gptj.checkpoints.folder import ADAPTER_FILES, TOKENIZER_FILES, ModelFolder
-from gptj.errors import NoTokenizerError
+from gptj.errors import CheckpointError, NoTokenizerError
 from gptj.storage.addresses import normalized
 from gptj.tokenizer.bpe import (
     BYTE_OF_CHARACTER,
@@ -250,12 +250,16 @@ class GPTJTokenizer:
         """
         return max(self._known_ids, default=-1) + 1
 
-    def check_rows(self, rows: int) -> None:
-        """ValueError, with an id and its token, if an embedding of `rows` rows is too small."""
+    def check_rows(self, rows: int, model: str) -> None:
+        """CheckpointError, with an id and its token, if an embedding of `rows` rows is too small.
+
+        Args:
+            model: whose embedding it is, for the message.
+        """
         if self.rows_needed > rows:
             number = self.rows_needed - 1
-            raise ValueError(
-                f"the tokenizer has an id {number} (for the token "
+            raise CheckpointError(
+                f"{model}: the tokenizer has an id {number} (for the token "
                 f"{shown(self._tokenizer.id_to_token(number))}), but the model's vocab_size is "
                 f"{rows}: ids must be below it"
             )

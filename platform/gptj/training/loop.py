@@ -143,13 +143,13 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         delete_unfinished_checkpoints(settings.folder, attempt)
     checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
     progress = Progress(world_size=worker.world_size, settings=settings.model_dump(mode="json"))
-    before: dict[str, Any] | None = None  # the settings that the checkpoint was written with
+    before: dict[str, Any] = {}  # the settings that the checkpoint was written with
     if checkpoint is not None:
         progress = check_resumable(settings, checkpoint)
         before = progress.settings
         progress.settings = settings.model_dump(mode="json")
         progress.world_size = worker.world_size
-    tracking = None if before is None else before.get("tracking", {})
+    tracking = None if checkpoint is None else before.get("tracking", {})
     submission = agree(worker.submission or uuid.uuid4().hex)
     assert submission is not None
     with (
@@ -184,7 +184,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
             )
         run = _Run(settings, worker, attempt, progress, total, scratch, checkpoint, trackers)
         engine = run.start(config, pinned)
-        if checkpoint is not None and before is not None:
+        if checkpoint is not None:
             run.load(engine, checkpoint)
             if worker.rank == 0:
                 logger.info(

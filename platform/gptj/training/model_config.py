@@ -7,6 +7,7 @@ from typing import Any
 from gptj.adapters.base import check_plain
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.labels import LabelSet
+from gptj.errors import CheckpointError
 from gptj.layers.int4 import is_quantized
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings, SettingsError
@@ -52,8 +53,8 @@ def make_config(
         }
         config = GPTJConfig(**{**tokens, **new_config(settings), **head})
     try:
-        tokenizer.check_rows(config.vocab_size)
-    except ValueError as error:
+        tokenizer.check_rows(config.vocab_size, checkpoint or "model.config")
+    except CheckpointError as error:
         remedy = "raise model.config.vocab_size"
         if checkpoint:
             remedy = (
