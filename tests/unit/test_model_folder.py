@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gptj import (
     GPTJTokenizer,
     storage,
 )
+from gptj.checkpoints import folder as folder_module
 from gptj.checkpoints.cache import FOLDER_VARIABLE, SIZE_VARIABLE
 from gptj.checkpoints.folder import ModelFolder
 from gptj.checkpoints.manifest import MANIFEST
@@ -172,3 +173,26 @@ load(GPTJForCausalLM, Arguments(checkpoint={str(tmp_path / "m")!r}), replica_dev
 assert not ray.is_initialized()
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_weights_of_a_hub_id_come_from_the_commit_of_its_small_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its branch may move while the room for the model is checked."""
+    commits = iter(["a" * 40, "b" * 40])
+    asked: list[str | None] = []
+
+    def locate(address: str, *, revision: str | None, patterns: Sequence[str]) -> str:
+        asked.append(revision)
+        commit = next(commits) if revision == "main" else revision
+        place = tmp_path / "models--someone--model" / "snapshots" / str(commit)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "model.safetensors").touch()
+        return str(place)
+
+    monkeypatch.setattr(folder_module, "locate", locate)
+    opened = ModelFolder.open(
+        "someone/model", revision="main", weights=True, before_weights=lambda folder: None
+    )
+    assert asked == ["main", "a" * 40]
+    assert opened.commit == "a" * 40
