@@ -34,39 +34,52 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+# Tests that start Ray clusters, of some twenty processes each. Two at a time keep two cores busy;
+# with three, Ray's own limits on the start of a node run out on a slow machine.
+CLUSTERS = (
+    ("test_finetune_job", "test_k8s_execution", "test_batch_inference_job"),
+    (
+        "test_first_hour",
+        "test_rollout",
+        "test_deployments",
+        "test_metrics",
+        "test_clients",
+        "test_prepare_data_job",
+        "test_prefix_router",
+    ),
+)
 # When tests run in parallel, these modules, which take minutes, start first, longest first.
 LONGEST = (
-    "test_finetune_job",
-    "test_first_hour",
-    "test_training",
+    *CLUSTERS[0],
+    *CLUSTERS[1],
     "test_gpu_check",
-    "test_k8s_execution",
-    "test_rollout",
-    "test_deployments",
-    "test_adapters",
-    "test_playground",
-    "test_clients",
-    "test_prepare_data_job",
-    "test_gradient_sums",
+    "test_training",
     "test_cuda_kernels",
-    "test_cuda_quantized",
-    "test_batch_inference_job",
+    "test_adapters",
     "test_runner",
-    "test_metrics",
-    "test_engine",
-    "test_engine_adapters",
-    "test_memory_plan",
-    "test_import_weights",
-    "test_export_weights",
-    "test_checkpoint",
-    "test_evaluation",
-    "test_interop_memory",
-    "test_load_benchmark",
-    "test_skipped_steps",
+    "test_playground",
+    "test_serving_entry",
+    "test_cuda_sampling",
+    "test_tokenizer",
+    "test_cuda_quantized",
+    "test_storage_outages",
+    "test_progress",
+    "test_gradient_sums",
+    "test_data_hub",
+    "test_serving_chat",
     "test_wheel",
-    "test_perplexity",
+    "test_import_weights",
+    "test_skipped_steps",
+    "test_memory_plan",
+    "test_cuda_quantized_runner",
+    "test_evaluation",
+    "test_engine_adapters",
+    "test_engine",
+    "test_export_weights",
     "test_constraints",
-    "test_scheduler",
+    "test_async_scheduling",
+    "test_checkpoint",
+    "test_extras",
 )
 # Tests that compare with PEFT, which takes seconds to import, except the longest of them.
 WITH_PEFT = ("test_engine_adapters", "test_lora", "test_serving_adapters", "test_tracing")
@@ -132,7 +145,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file's tests run in one process, as with xdist's own loadfile.
 
     All of k8s/ run in one, which share the manifests that kubectl has built, and those of PEFT's
-    adapters, which share its import.
+    adapters, which share its import. Those of CLUSTERS run in two.
     """
     from xdist.scheduler import LoadFileScheduling
 
@@ -141,7 +154,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             if "tests/k8s/" in file:
                 return "k8s"
-            return "PEFT" if Path(file).stem in WITH_PEFT else file
+            module = Path(file).stem
+            for number, modules in enumerate(CLUSTERS):
+                if module in modules:
+                    return f"clusters {number}"
+            return "PEFT" if module in WITH_PEFT else file
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 

@@ -15,9 +15,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -26,6 +26,7 @@ from typing import Any
 from gptj_local.processes import HOST, LOOPBACK, Host, free_ports, running, tail
 
 START_SECONDS = 120
+GAVE_UP = "The current node timed out during startup"  # `ray start`, after 30 seconds
 JOBS = {  # of submitted jobs
     # For a training's last step and checkpoint. By default `ray job stop` kills it after 3 seconds.
     "RAY_JOB_STOP_WAIT_TIME_S": "120",
@@ -133,26 +134,18 @@ class LocalRay:
                 **_serve(environment, Path(sessions)),
             }
             # The raylet may take half a minute to leave a cluster, which has only this node.
-            with running(
-                host.command(command), environment=variables, log=log, grace_seconds=2
+            node = cls(
+                *(head, dashboard, metrics),
+                process_id=0,
+                logs=Path(sessions) / "session_latest" / "logs",
+                token=token,
+                more_nodes=more_nodes,
+                address=host.address,
+            )
+            with node_program(
+                host.command(command), environment=variables, log=log, is_up=node._answers
             ) as process:
-                logs = Path(sessions) / "session_latest" / "logs"
-                node = cls(
-                    *(head, dashboard, metrics, process.pid),
-                    logs=logs,
-                    token=token,
-                    more_nodes=more_nodes,
-                    address=host.address,
-                )
-                deadline = time.monotonic() + START_SECONDS
-                while not node._answers():
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        raise RuntimeError(
-                            f"the local Ray cluster did not come up (exit status "
-                            f"{process.poll()}); the end of {log}:\n{tail(log)}"
-                        )
-                    time.sleep(0.2)
-                yield node
+                yield replace(node, process_id=process.pid)
 
     @contextmanager
     def worker(
@@ -167,7 +160,7 @@ class LocalRay:
 
         Of a cluster with `more_nodes`. It has joined the cluster when the block begins: two raylets
         of one machine that start at the same time may choose the same names for their sockets, and
-        one ends. Raises RuntimeError with the end of its log if it does not join.
+        one ends. Raises RuntimeError with the end of its log if it has not joined in two minutes.
         """
         assert self.more_nodes
         before = self._nodes_alive()
@@ -186,14 +179,12 @@ class LocalRay:
             "PATH": _path(environment),
             **_serve(environment, log.parent),
         }
-        with running(
-            host.command(command), environment=variables, log=log, grace_seconds=2
+        with node_program(
+            host.command(command),
+            environment=variables,
+            log=log,
+            is_up=lambda: self._has_more_than(before),
         ) as process:
-            deadline = time.monotonic() + START_SECONDS
-            while not self._has_more_than(before):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the node did not join; the end of {log}:\n{tail(log)}")
-                time.sleep(0.2)
             yield process
 
     def _has_more_than(self, before: set[str]) -> bool:
@@ -209,10 +200,7 @@ class LocalRay:
         return {each["nodeId"] for each in raylets if each["state"] == "ALIVE"}
 
     def _answers(self) -> bool:
-        """Whether the jobs API accepts requests and the node has joined its cluster.
-
-        `ray start` gives up on a node that does not join within half a minute.
-        """
+        """Whether the jobs API accepts requests and the node has joined its cluster."""
         try:
             self._get("/api/jobs/")
             nodes = self._get("/api/v0/nodes?limit=1")
@@ -226,6 +214,39 @@ class LocalRay:
         )
         with urllib.request.urlopen(request, timeout=5) as reply:
             return json.load(reply)
+
+
+@contextmanager
+def node_program(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    log: Path,
+    is_up: Callable[[], bool],
+    start_seconds: float = START_SECONDS,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `ray start --block` for the length of the block, which begins when the node is up.
+
+    On a busy machine a node may take longer than the half minute that `ray start` gives it: then it
+    is started again. Raises RuntimeError with the end of the log if the program ends for another
+    reason, or after `start_seconds`.
+    """
+    deadline = time.monotonic() + start_seconds
+    while True:
+        with running(command, environment=environment, log=log, grace_seconds=2) as process:
+            while not is_up():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    break
+                time.sleep(0.2)
+            else:
+                yield process
+                return
+        output = tail(log)
+        if GAVE_UP not in output or time.monotonic() > deadline:
+            raise RuntimeError(
+                f"the Ray node did not come up (exit status {process.returncode}); the end of "
+                f"{log}:\n{output}"
+            )
 
 
 def _node_address(host: Host) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -184,7 +185,8 @@ def test_a_training_without_room_is_told_which_services_have_it(deployed: Deploy
         capture_output=True,
         text=True,
     )
-    assert "need 4 CPUs, but 1.5 of the cluster's 4 are free" in done.stderr
+    # How many are free depends on how busy the machine is: replicas may have been added.
+    assert re.search(r"need 4 CPUs, but [\d.]+ of the cluster's 4 are free", done.stderr), done
     assert "held by" in done.stderr and "the service classification (0.5)" in done.stderr
 
 

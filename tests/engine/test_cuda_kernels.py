@@ -438,7 +438,10 @@ def test_a_gemv_that_does_not_compile_falls_back_to_pytorch(
     "arguments", [[], pytest.param(["--all"], marks=pytest.mark.nightly)], ids=["one", "all"]
 )
 def test_the_kernels_compile_for_other_gpus(arguments: list[str], tmp_path: Path) -> None:
-    """Triton's own compiler and NVIDIA's assembler, for GPT-J 6B: on two GPUs, or on all."""
+    """Triton's own compiler and NVIDIA's assembler, for GPT-J 6B: on two GPUs, or on all.
+
+    With all, also the candidates that tuning measures.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     result = subprocess.run(

@@ -65,6 +65,11 @@ def request(method: bytes, path: bytes, headers: bytes = b"", body: bytes = b"")
     return b"%s %s HTTP/1.1\r\nHost: x\r\n%s%s%s\r\n" % (method, path, kind, length, headers)
 
 
+def undated(reply: httpx.Response) -> Any:
+    """Its JSON without `created`, which another replica loaded at another time."""
+    return json.loads(reply.content, object_hook=lambda each: {**each, "created": None})
+
+
 def test_routes_answer_to_head_and_with_a_slash_at_the_end(service: str) -> None:
     """Never by a redirect, whose address would be of another scheme behind TLS."""
     with httpx.Client(base_url=service, timeout=30) as client:
@@ -78,7 +83,7 @@ def test_routes_answer_to_head_and_with_a_slash_at_the_end(service: str) -> None
         ):
             reply = client.get(path)
             assert reply.status_code == 200
-            assert client.get(f"{path}/").json() == reply.json()
+            assert undated(client.get(f"{path}/")) == undated(reply)
             for same in (path, f"{path}/"):
                 head = client.head(same)
                 assert (head.status_code, head.content) == (200, b"")

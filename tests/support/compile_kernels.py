@@ -2,7 +2,8 @@
 
     python tests/support/compile_kernels.py [--all]
 
-With --all for every GPU and dtype, otherwise for the tightest. Prints a JSON object a program
+With --all for every GPU and dtype, and also the candidates that tuning measures; otherwise for the
+tightest. Prints a JSON object a program
 and GPU: the shared memory of its blocks in bytes, and the registers of a thread and the bytes that
 it spills to memory, by NVIDIA's assembler. Ends with an error if a program does not fit its GPU, or
 a step launches one that `try_out` has not tried. Run by test_cuda_kernels.py in a process of its
@@ -83,8 +84,10 @@ class NoDriver:
         return 0
 
 
-def compiled(capability: int, shared_memory: int, processors: int, dtype: torch.dtype) -> list[Any]:
-    """All programs: what is tried out, what is measured, and then nothing new by any step."""
+def compiled(
+    capability: int, shared_memory: int, processors: int, dtype: torch.dtype, *, candidates: bool
+) -> list[Any]:
+    """All programs: what is tried out, then nothing new by any step, and what tuning measures."""
     programs: dict[str, Any] = {}  # by the hash of their source, its options and the target
 
     def instead_of_launching(kernel: JITFunction[Any], grid: object) -> Any:
@@ -113,17 +116,22 @@ def compiled(capability: int, shared_memory: int, processors: int, dtype: torch.
     new = [program.name for key, program in programs.items() if key not in tried]
     if new:
         raise SystemExit(f"steps launch what was not tried out: {', '.join(new)}")
+    if candidates:
+        products(dtype)
+        if dtype != torch.float32:
+            quantized_products(processors, dtype)
+        if in_fp8:
+            fp8_products(dtype)
+    return list(programs.values())
+
+
+def products(dtype: torch.dtype) -> None:
+    """All candidates of one row for the 6B's matrices."""
     width, inner = CONFIG.n_embd, CONFIG.inner_dim
-    products = ((width, False), (width + inner, True), (width, True))
     for blocks in CANDIDATES:
-        for inputs, wide in products:
+        for inputs, wide in ((width, False), (width + inner, True), (width, True)):
             row, weight = torch.zeros(1, inputs, dtype=dtype), torch.zeros(64, inputs, dtype=dtype)
             multiply_row(row, weight, blocks, wide=wide)
-    if dtype != torch.float32:
-        quantized_products(processors, dtype)
-    if in_fp8:
-        fp8_products(dtype)
-    return list(programs.values())
 
 
 def quantized_products(processors: int, dtype: torch.dtype) -> None:
@@ -219,9 +227,10 @@ def resources(program: Any, capability: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    cases = CASES + (MORE_CASES if "--all" in sys.argv[1:] else ())
+    everything = "--all" in sys.argv[1:]
+    cases = CASES + (MORE_CASES if everything else ())
     for gpu, capability, limit, processors, dtype in cases:
-        for program in compiled(capability, limit, processors, dtype):
+        for program in compiled(capability, limit, processors, dtype, candidates=everything):
             shared, threads = program.metadata.shared, 32 * program.metadata.num_warps
             registers, spilled = resources(program, capability)
             used = {"shared": shared, "threads": threads, "registers": registers}
