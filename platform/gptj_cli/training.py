@@ -178,18 +178,23 @@ def check_first_rows(address: str, settings: Settings) -> None:
     data, kinds = settings.data, settings.task_definition.row_kinds
     if data.bad_rows == "skip" or settings.task == "causal-lm":
         return
-    names = _label_names(settings) if settings.task == "classification" else None
+    names, problem_type = None, data.problem_type
+    if settings.task == "classification":
+        names, problem_type = _labels(settings)
     columns = find_columns(address, kinds, data.columns, delimiter=data.delimiter)
     rows = read_rows(address, columns, data.columns, delimiter=data.delimiter)
     for row in islice(rows, FIRST_ROWS):
         if settings.task == "classification":
-            check_labelled(row, names, data.problem_type)
+            check_labelled(row, names, problem_type)
         else:
             read_answers(row)
 
 
-def _label_names(settings: Settings) -> LabelNames | None:
-    """The allowed label names; None if any are, or if labels are values to predict."""
+def _labels(settings: Settings) -> tuple[LabelNames | None, str | None]:
+    """The allowed label names, or None if any are or labels are values to predict; and their type.
+
+    The type is one of gptj.config.PROBLEM_TYPES, or None if it is not yet known.
+    """
     checkpoint, trained = settings.model.checkpoint, None
     # A hub id is left to the cluster.
     if checkpoint and (storage.is_s3(checkpoint) or Path(checkpoint).is_dir()):
@@ -197,14 +202,14 @@ def _label_names(settings: Settings) -> LabelNames | None:
             trained = checkpoint_labels(settings)
     problem_type = settings.data.problem_type if trained is None else trained.problem_type
     if problem_type == REGRESSION:
-        return None
+        return None, problem_type
     if settings.data.label_names or trained is None:
-        return settings.data.label_names or None
+        return settings.data.label_names or None, problem_type
     if trained.trained is None:
-        return trained.names
+        return trained.names, problem_type
     written = {text: trained.names[number] for text, number in trained.trained.items()}
     counted = {str(number): name for number, name in trained.id2label.items()}
-    return {**counted, **written} if trained.may_count else written
+    return {**counted, **written} if trained.may_count else written, problem_type
 
 
 def run_of(address: str) -> str:

@@ -26,7 +26,7 @@ from serving_models import SENTENCES, Models, make_models, mounted
 from typer.testing import CliRunner
 
 from deployments.embeddings import Arguments as EmbeddingsArguments
-from gptj import storage
+from gptj import GPTJConfig, GPTJForSequenceClassification, storage
 from gptj.data.labels import read_labels
 from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
@@ -245,6 +245,21 @@ def test_first_class_numbers_pass_if_the_models_training_wrote_none(
         else:
             with pytest.raises(DataError, match=r"row 1, .*'0' is not one of the labels"):
                 words_for(reviews, model=address, task="classification")
+
+
+def test_first_values_are_checked_as_what_the_model_predicts(
+    models: Models, tmp_path: Path
+) -> None:
+    """One that predicts a value; `n/a` would be a name if it were not known to."""
+    fields = models.classification.config.to_dict() | {"problem_type": "regression"}
+    one = {"id2label": {0: "stars"}, "label2id": {"stars": 0}}
+    config = GPTJConfig.from_dict({**fields, **one})
+    address = str(tmp_path / "model")
+    GPTJForSequenceClassification(config).save_pretrained(address, tokenizer=models.tokenizer)
+    rows = written(tmp_path / "stars.csv", "text,label", "fine,4.5", "lost,n/a")
+    with pytest.raises(DataError, match=r"stars.csv, row 2.*must be a finite number, got 'n/a'"):
+        words_for(rows, model=address, task="classification")
+    assert words_for(written(tmp_path / "more.csv", "text,label", "fine,4"), model=address)
 
 
 def test_the_first_answers_are_checked_before_a_job_starts(tmp_path: Path) -> None:
