@@ -10,22 +10,20 @@ import warnings
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from gptj import GPTJConfig, GPTJForCausalLM, GPTJModel, GPTJTokenizer, storage
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJModel, GPTJTokenizer
 from gptj.adapters.base import check_base
 from gptj.adapters.lora import merge_lora
-from gptj.checkpoints.folder import GENERATION_CONFIG, ModelFolder
+from gptj.checkpoints.folder import ModelFolder
 from gptj.config import parse_dtype
 from gptj.engine.backends import IntQuantization
 from gptj.engine.cache_size import free_bytes
 from gptj.engine.memory import weight_bytes
 from gptj.environment.devices import cpu_computes_bf16
-from gptj.errors import CheckpointError
 from gptj.layers.int4 import CONFIG_FIELD, check_config_fields, is_quantized
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serving.app import HTTPOptions
@@ -257,7 +255,7 @@ def _device_and_dtype(
 def _config_and_tokenizer(
     cls: type[GPTJPreTrainedModel], folder: ModelFolder, arguments: Arguments
 ) -> tuple[GPTJConfig, GPTJTokenizer]:
-    config = GPTJConfig.from_folder(folder)
+    config = cls.config_of(folder)
     found = config.architectures or [cls.__name__]
     if cls.__name__ not in found and cls is not GPTJModel:  # which every head includes
         raise ValueError(
@@ -270,31 +268,9 @@ def _config_and_tokenizer(
                 f"{arguments.checkpoint} has 4-bit weights, with which only generation computes; "
                 f"remedy: the model that they were made from"
             )
-    if cls is GPTJForCausalLM:
-        ends = _ids(config.eos_token_id)
-        if more := set(_more_ends(folder, config)).difference(ends):
-            config.eos_token_id = [*ends, *sorted(more)]
     tokenizer = GPTJTokenizer.from_folder(folder)
     tokenizer.check_rows(config.vocab_size, arguments.checkpoint)
     return config, tokenizer
-
-
-def _more_ends(folder: ModelFolder, config: GPTJConfig) -> list[int]:
-    """The end tokens that `generation_config.json` has, as transformers and vLLM take them."""
-    if GENERATION_CONFIG not in (folder if folder.manifest is None else folder.manifest.files):
-        return []
-    value = folder.read_object(GENERATION_CONFIG).get("eos_token_id")
-    ids = _ids(value)
-    if not all(type(each) is int for each in ids):
-        raise CheckpointError(
-            f"{storage.join(folder.address, GENERATION_CONFIG)}: eos_token_id must be a whole "
-            f"number, a list of them or null, got {shown(value)}"
-        )
-    return [each for each in ids if 0 <= each < config.vocab_size]  # others cannot be generated
-
-
-def _ids(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gptj.adapters.stored import read_adapted_config
-from gptj.checkpoints.folder import ADAPTER_FILES, CONFIG, ModelFolder
+from gptj.checkpoints.folder import ADAPTER_FILES, CONFIG, GENERATION_CONFIG, ModelFolder
 from gptj.errors import CheckpointError
 from gptj.serialization.json_object import to_json
 
@@ -154,6 +154,26 @@ class GPTJConfig:
         except ValueError as error:
             raise CheckpointError(f"{folder.address}/{CONFIG}: {error}") from error
 
+    def add_end_tokens(self, folder: ModelFolder) -> None:
+        """Add those of `generation_config.json` to `eos_token_id`, if the folder has the file.
+
+        As transformers and vLLM generate. CheckpointError if they are no token ids.
+        """
+        if GENERATION_CONFIG not in (folder if folder.manifest is None else folder.manifest.files):
+            return
+        value = folder.read_object(GENERATION_CONFIG).get("eos_token_id")
+        found = _ids(value)
+        if not all(type(each) is int for each in found):
+            raise CheckpointError(
+                f"{folder.address}/{GENERATION_CONFIG}: eos_token_id must be a whole number, a "
+                f"list of them or null, got {shown(value)}"
+            )
+        ends = _ids(self.eos_token_id)
+        # Others than the vocabulary's cannot be generated.
+        more = {each for each in found if 0 <= each < self.vocab_size}.difference(ends)
+        if more:
+            self.eos_token_id = [*ends, *sorted(more)]
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> GPTJConfig:
         """From the fields of `to_dict` or a `config.json`; refuses other model types."""
@@ -289,8 +309,7 @@ class GPTJConfig:
             if value is not None and type(value) is not int:
                 raise ValueError(f"{name} must be a whole number or null, got {shown(value)}")
         eos = self.eos_token_id
-        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not all(type(each) is int for each in ids):
+        if not all(type(each) is int for each in _ids(eos)):
             raise ValueError(
                 f"eos_token_id must be a whole number, a list of them or null, got {shown(eos)}"
             )
@@ -378,6 +397,10 @@ def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type such as float16, got {shown(name)}")
     return dtype
+
+
+def _ids(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _is_count(value: Any, most: int = 2**40) -> bool:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig
 from gptj.generation import GenerationConfig, generate
 from gptj.kv_cache import KVCache
@@ -488,6 +489,14 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
     @classmethod
     def can_generate(cls) -> bool:
         return True
+
+    @classmethod
+    def config_of(cls, folder: ModelFolder, **overrides: Any) -> GPTJConfig:
+        """A folder's configuration, with the end tokens of its `generation_config.json`."""
+        config = super().config_of(folder, **overrides)
+        if "eos_token_id" not in overrides:
+            config.add_end_tokens(folder)
+        return config
 
     @property
     def generation_config(self) -> GenerationConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj import storage
-from gptj.checkpoints.folder import CONFIG, TRAINING
+from gptj.checkpoints.folder import CONFIG, TRAINING, ModelFolder
 from gptj.checkpoints.manifest import Manifest, read_recorded, verify
 from gptj.checkpoints.weights import weight_files
 from gptj.config import GPTJConfig
@@ -21,6 +21,7 @@ from gptj.interop.fitting import fit
 from gptj.interop.formats import MESH, FormatName, Place, find
 from gptj.interop.tensors import StoredTensor
 from gptj.layers.int4 import is_quantized
+from gptj.model import GPTJForCausalLM
 from gptj.storage.addresses import normalized
 from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
@@ -114,6 +115,8 @@ def _source(address: str, place: Place, given: GPTJConfig | None, tokenizer: str
     name = MESH if place.format is None else place.format.name
     logger.info("%s has the format %s", address, name)
     config, fitted = fit(tensors, config, address)
+    if given is None and config.architectures == [GPTJForCausalLM.__name__]:
+        config.add_end_tokens(ModelFolder(place.address, manifest))
     training = None
     if TRAINING in names and manifest is not None:
         training = json.loads(read_recorded(place.address, TRAINING, manifest))

@@ -149,11 +149,16 @@ class GPTJPreTrainedModel(nn.Module):
         if folder.is_adapter:
             return cls._with_adapter(folder, base, config, dtype, device, overrides)
         if config is None:
-            config = GPTJConfig.from_folder(folder, **overrides)
+            config = cls.config_of(folder, **overrides)
         elif overrides:
             check_overrides(overrides, vars(config))
             config = GPTJConfig.from_dict({**config.to_dict(), **overrides})
         return cls._from_weights(folder, config, dtype, device)
+
+    @classmethod
+    def config_of(cls, folder: ModelFolder, **overrides: Any) -> GPTJConfig:
+        """A folder's configuration, for this class."""
+        return GPTJConfig.from_folder(folder, **overrides)
 
     @classmethod
     def _with_adapter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptj.adapters.base import check_plain
+from gptj.checkpoints.folder import ADAPTER_FILES, CONFIG, GENERATION_CONFIG, ModelFolder
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.labels import LabelSet
 from gptj.errors import CheckpointError
@@ -32,16 +33,17 @@ def make_config(
     if checkpoint:
         revision = settings.model.revision or None
         check_plain(checkpoint, revision)
-        stored = GPTJConfig.from_pretrained(checkpoint, revision=revision)
-        _check_shape(settings, stored)
-        if is_quantized(stored):
-            raise SettingsError(
-                f"model.checkpoint={checkpoint} has 4-bit weights, which cannot be trained; "
-                f"remedy: the model that they were made from, perhaps with adapter.quantization"
-            )
-        config = GPTJConfig.from_pretrained(
-            checkpoint, revision=revision, **{**settings.model.config, **head}
-        )
+        files = [CONFIG, GENERATION_CONFIG, *ADAPTER_FILES]
+        with ModelFolder.open(checkpoint, revision=revision, files=files) as folder:
+            stored = GPTJConfig.from_folder(folder)
+            _check_shape(settings, stored)
+            if is_quantized(stored):
+                raise SettingsError(
+                    f"model.checkpoint={checkpoint} has 4-bit weights, which cannot be trained; "
+                    f"remedy: the model that they were made from, perhaps with adapter.quantization"
+                )
+            model = settings.task_definition.head
+            config = model.config_of(folder, **{**settings.model.config, **head})
         if "pad_token_id" not in settings.model.config and tokenizer.pad_token_id is not None:
             config.pad_token_id = tokenizer.pad_token_id  # the tokenizer pads the inputs
     else:
