@@ -178,9 +178,7 @@ def check_first_rows(address: str, settings: Settings) -> None:
     data, kinds = settings.data, settings.task_definition.row_kinds
     if data.bad_rows == "skip" or settings.task == "causal-lm":
         return
-    names, problem_type = None, data.problem_type
-    if settings.task == "classification":
-        names, problem_type = _labels(settings)
+    names, problem_type = _labels(settings) if settings.task == "classification" else (None, None)
     columns = find_columns(address, kinds, data.columns, delimiter=data.delimiter)
     rows = read_rows(address, columns, data.columns, delimiter=data.delimiter)
     for row in islice(rows, FIRST_ROWS):
