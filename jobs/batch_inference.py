@@ -81,7 +81,7 @@ from gptj.data.sources import find_columns, read_rows
 from gptj.environment.extras import MissingPackageError, missing
 from gptj.serving.errors import APIError, ModelError, OverloadedError, UnavailableError
 from gptj.storage.addresses import absolute, normalized
-from gptj.training.sections import Delimiter
+from gptj.training.sections import Delimiter, is_text
 from gptj.workers.errors import QueueFullError
 from gptj_jobs.key_value import checked, parsed_yaml
 from gptj_jobs.row_requests import (
@@ -142,6 +142,12 @@ class Settings(BaseModel):
 
 
 SECTIONS = ("columns", "parameters", "args")
+TEXT_ARGUMENTS = {
+    name
+    for arguments in ARGUMENTS.values()
+    for name, field in arguments.model_fields.items()
+    if is_text(field.annotation)
+}
 PLACES = ("checkpoint", "input", "output")
 
 
@@ -182,11 +188,12 @@ def read_settings(words: Sequence[str]) -> Settings:
         if section == "columns" and name:
             fields[section][name] = text
         elif section in SECTIONS and name:
-            fields[section][name] = parsed_yaml(word, text)
+            plain = section == "args" and name in TEXT_ARGUMENTS
+            fields[section][name] = parsed_yaml(word, text, is_text=plain)
         elif not name and section in Settings.model_fields.keys() - {*PLACES, *SECTIONS}:
             is_yaml = section != "delimiter"
-            is_text = section == "keep"
-            fields[section] = parsed_yaml(word, text, is_text=is_text) if is_yaml else text
+            plain = section == "keep"
+            fields[section] = parsed_yaml(word, text, is_text=plain) if is_yaml else text
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)

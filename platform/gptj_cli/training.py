@@ -13,6 +13,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from gptj import storage
@@ -24,7 +25,7 @@ from gptj.data.sources import find_columns, listed, read_rows
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import absolute
 from gptj.training.dataset import checkpoint_labels
-from gptj.training.settings import Settings, read_settings
+from gptj.training.settings import Settings, read_data_options, read_settings
 from gptj.training.tasks import TASKS, TaskName
 from gptj_cli.cluster import is_here
 from gptj_jobs.holding import holding_jobs
@@ -98,17 +99,12 @@ def given_keys(words: Sequence[str]) -> set[str]:
 def task_of(address: str, words: Sequence[str]) -> TaskName:
     """The task that matches the data's columns, as mapped by `data.columns.…`.
 
-    DataError, which lists the columns, if none does.
+    Raises:
+        DataError: listing the columns, if none does.
+        SettingsError: like read_data_options.
     """
-    columns = {
-        key.removeprefix("data.columns."): name
-        for key, _, name in (word.partition("=") for word in words)
-        if key.startswith("data.columns.")
-    }
-    delimiter = next(
-        (word.partition("=")[2] for word in words if word.startswith("data.delimiter=")), None
-    )
-    skip_bad = "data.bad_rows=skip" in words
+    options = read_data_options(words)
+    columns, delimiter, skip_bad = options.columns, options.delimiter, options.bad_rows == "skip"
     possible = [task for task in BY_COLUMNS if columns.keys() <= set(TASKS[task].columns)]
     if not possible:
         known = sorted({name for task in TASKS.values() for name in task.columns})
@@ -198,16 +194,14 @@ def _labels(settings: Settings) -> tuple[LabelNames | None, str | None]:
     if checkpoint and (storage.is_s3(checkpoint) or Path(checkpoint).is_dir()):
         with suppress(storage.AccessDeniedError, storage.UnreachableError):  # from here
             trained = checkpoint_labels(settings)
-    problem_type = settings.data.problem_type if trained is None else trained.problem_type
-    if problem_type == REGRESSION:
-        return None, problem_type
-    if settings.data.label_names or trained is None:
-        return settings.data.label_names or None, problem_type
-    if trained.trained is None:
-        return trained.names, problem_type
-    written = {text: trained.names[number] for text, number in trained.trained.items()}
-    counted = {str(number): name for number, name in trained.id2label.items()}
-    return {**counted, **written} if trained.may_count else written, problem_type
+    if trained is not None:
+        return (
+            None if trained.problem_type == REGRESSION else trained.expected,
+            trained.problem_type,
+        )
+    problem_type = settings.data.problem_type
+    names = None if problem_type == REGRESSION else settings.data.label_names or None
+    return names, problem_type
 
 
 def run_of(address: str) -> str:
@@ -295,4 +289,8 @@ def _resolved(words: list[str], settings: Settings) -> list[str]:
 
 def _word(key: str, text: str) -> str:
     """`key=text`, quoted if YAML would read it differently (`a #1.csv` ends at the #)."""
-    return f"{key}={text}" if parse_yaml(text) == text else f"{key}={json.dumps(text)}"
+    try:
+        plain = parse_yaml(text) == text
+    except yaml.YAMLError:  # such as *.csv
+        plain = False
+    return f"{key}={text}" if plain else f"{key}={json.dumps(text, ensure_ascii=False)}"

@@ -23,7 +23,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from gptj_local.processes import HOST, LOOPBACK, Host, free_ports, running, tail
+from gptj_local.processes import HOST, LOOPBACK, Host, free_ports, running
 
 START_SECONDS = 120
 GAVE_UP = "The current node timed out during startup"  # `ray start`, after 30 seconds
@@ -233,6 +233,7 @@ def node_program(
     """
     deadline = time.monotonic() + start_seconds
     while True:
+        before = log.stat().st_size if log.exists() else 0
         with running(command, environment=environment, log=log, grace_seconds=2) as process:
             while not is_up():
                 if process.poll() is not None or time.monotonic() > deadline:
@@ -241,7 +242,7 @@ def node_program(
             else:
                 yield process
                 return
-        output = tail(log)
+        output = log.read_bytes()[before:].decode(errors="replace")[-2000:]
         if GAVE_UP not in output or time.monotonic() > deadline:
             raise RuntimeError(
                 f"the Ray node did not come up (exit status {process.returncode}); the end of "

@@ -65,8 +65,24 @@ def test_short_prompts_say_only_that_a_limit_is_too_high() -> None:
     for _ in range(50):
         pacer.note(3, 0.0023)
     assert pacer.limit == limit
-    pacer.note(40, 0.024)
+    for _ in range(3):
+        pacer.note(40, 0.024)
     assert pacer.limit == 30
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_one_slow_step_says_little(tokens: int) -> None:
+    """Whatever its prompt tokens: one of a cached prompt, or all that there was room for."""
+    pacer = PrefillPacer(0.05, 4096)
+    for _ in range(50):
+        pacer.note(pacer.limit, 0.02 + 1e-4 * pacer.limit)
+    before = pacer.limit
+    assert before > 200
+    pacer.note(tokens, 1.0)
+    assert before / 2 <= pacer.limit + 1 <= before
+    for _ in range(20):  # and many say much
+        pacer.note(min(tokens, pacer.limit), 1.0)
+    assert pacer.limit == 1
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0, float("nan")])

@@ -243,6 +243,24 @@ def test_a_pickle_that_claims_more_numbers_than_it_stores_is_refused(tmp_path: P
     assert "(1000000, 1000000), but 1 stored numbers" in error
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.complex(torch.arange(6.0), torch.arange(6.0)).conj().imag,  # a negated view
+        torch.arange(12.0).view(3, 4).t(),
+        torch.arange(12.0).view(3, 4)[1:, ::2],
+        torch.nn.Parameter(torch.arange(3.0)),
+    ],
+    ids=["negated", "transposed", "a part", "parameter"],
+)
+def test_views_in_pickles_are_what_pytorch_loads(tensor: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"wte": tensor}, tmp_path / "file")
+    (found,) = index_pickle(str(tmp_path / "file"))
+    expected = torch.load(tmp_path / "file", weights_only=True)["wte"]
+    assert torch.equal(found.load(torch.float32), expected)
+    assert torch.equal(found.load(torch.float16), expected.to(torch.float16))
+
+
 @pytest.mark.slow
 def test_hdf5_files_that_point_elsewhere_are_refused(tmp_path: Path) -> None:
     """Links, arrays in other files, and arrays that would grow when they are read."""

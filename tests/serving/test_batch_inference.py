@@ -402,6 +402,15 @@ def test_errors_are_reported_before_a_model_is_loaded(
         planned(read_settings([addresses["generation"], data, output, *words]))
 
 
+def test_text_arguments_of_the_service_stay_as_written() -> None:
+    words = ["args.revision=0012345", "args.model_name=2024", "args.max_num_seqs=8"]
+    assert read_settings(["m", "rows", "out", *words]).args == {
+        "revision": "0012345",
+        "model_name": "2024",
+        "max_num_seqs": 8,
+    }
+
+
 def worker_reply(task: Task, plan: Plan, output: str) -> Record | str:
     """What a worker makes of the first chunk, as the job's main process receives it."""
     worker = Worker(task, plan, output)

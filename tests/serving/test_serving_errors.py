@@ -152,7 +152,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (COMPLETIONS, {"prompt": LONG}, 400, f"context is {CONTEXT} tokens, but "),
     (COMPLETIONS, {"prompt": LONG * 50}, 400, "requested: at least "),
     (COMPLETIONS, {"prompt": [5] * 2000, "max_tokens": 49}, 400, "2049 are requested: 2000 of"),
-    (COMPLETIONS, {"prompt": ["x"] * 129}, 400, "prompt may have 128 items, got 129"),
+    (COMPLETIONS, {"prompt": ["x"] * 129}, 400, "prompt may have at most 128 items, got 129"),
     (COMPLETIONS, {"n": 129}, 400, "129 outputs"),
     (COMPLETIONS, {"n": 10**30}, 400, "outputs"),
     (COMPLETIONS, {"n": 0}, 400, "n must be 1 or more, got 0"),
@@ -189,7 +189,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
         "does not work with prompt_logprobs",
     ),
     (COMPLETIONS, {"bad_words": [" "]}, 400, "bad_words must not have an empty"),
-    (COMPLETIONS, {"bad_words": ["a"] * 300}, 400, "bad_words may have 256 items, got 300"),
+    (COMPLETIONS, {"bad_words": ["a"] * 300}, 400, "bad_words may have at most 256 items, got 300"),
     (COMPLETIONS, {"bad_words": "a"}, 422, "list"),
     (COMPLETIONS, {"allowed_token_ids": []}, 400, "allowed_token_ids may have 1 to 4096"),
     (COMPLETIONS, {"allowed_token_ids": [10**6]}, 400, "1000000 is not a token id"),
@@ -614,12 +614,13 @@ def test_lists_are_counted_before_their_items_are_looked_at(service: str) -> Non
             if most == 0:
                 continue
             value: Any = [_item(whole, schema["items"]), *[None] * most]
-            field = next(each for each in reversed(place) if isinstance(each, str))
+            last = max(at for at, each in enumerate(place) if isinstance(each, str))
+            field = ".".join(map(str, place[last:]))  # prompt.0 for a list in a list
             for index in reversed(range(1, len(place))):
                 value = [value] if place[index] == 0 else {place[index]: value}
             if route in (CHATS, "/tokenize") and place[0] == "messages" and len(place) > 1:
                 value[0] = {"role": "user", "content": "x", **value[0]}
             reply = httpx.post(service + route, json={place[0]: value}, timeout=30)
-            assert_error(reply, 400, f"{field} may have {most} items, got {most + 1}")
+            assert_error(reply, 400, f"{field} may have at most {most} items, got {most + 1}")
             tried.add((route, place))
     assert len(tried) > 15

@@ -19,6 +19,8 @@ from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.examples import TOKENIZED_AT_ONCE
 from gptj.data.labels import check_label, read_labels
 from gptj.data.sources import DataError, Row, find_columns, read_rows
+from gptj.training.sections import DataSettings
+from gptj.training.settings import SettingsError
 from gptj.training.tasks import TASKS
 
 TEXTS = [
@@ -563,6 +565,74 @@ def test_a_models_training_does_not_keep_other_data_from_being_named(
     other = LabelSet.of(config, {"written": {"0": 0, "1": 1, "2": 2}})  # of another head
     assert other.trained is None
     assert ClassificationData(rows(0.5, 1), tokenizer, 32).labels.record() is None
+
+
+@pytest.mark.parametrize("form", [rows, cells])
+@pytest.mark.parametrize(
+    "names", [["neg", "pos"], {"0": "neg", "1": "pos"}, {"1": "pos", "0": "neg"}]
+)
+def test_whole_numbers_with_a_point_are_class_numbers_of_names(
+    form: Any, names: Any, tokenizer: GPTJTokenizer
+) -> None:
+    """As pandas writes a column of whole numbers with a gap."""
+    values = ("0.0", "1.0", "1.0") if form is cells else (0.0, 1.0, 1.0)
+    labelled = form(*values)
+    for row in labelled:
+        check_label(row, names)
+    found = ClassificationData(labelled, tokenizer, 32, label_names=names)
+    assert found.labels.problem_type == SINGLE
+    assert [found.labels.names[each] for each in found.targets] == ["neg", "pos", "pos"]
+    with pytest.raises(DataError, match=r"2.0'? is not one of the labels"):
+        check_label(form("2.0" if form is cells else 2.0)[0], names)
+
+
+@pytest.mark.parametrize("form", [rows, cells])
+def test_a_name_for_a_value_to_predict_is_none_of_the_values(
+    form: Any, tokenizer: GPTJTokenizer
+) -> None:
+    measured = form("0.5", "1.5") if form is cells else form(0.5, 1.5)
+    for row in measured:
+        check_label(row, ["score"])
+    found = ClassificationData(measured, tokenizer, 32, label_names=["score"])
+    assert (found.labels.names, found.targets.tolist()) == (("score",), [0.5, 1.5])
+
+
+NUMBERS_AND_NAMES = {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+
+
+@pytest.mark.parametrize(
+    ("written", "mapping", "names"),
+    [
+        (None, {"0": "a", "1": "b", "2": "c"}, ("a", "b", "c")),
+        (None, {"2": "c", "0": "a", "1": "b"}, ("a", "b", "c")),
+        (None, {"LABEL_1": "b", "LABEL_2": "c", "LABEL_0": "a"}, ("a", "b", "c")),
+        (None, {"1": "a", "2": "b", "3": "c"}, ("a", "b", "c")),  # counted from 1
+        (None, {"x": "a", "y": "b", "z": "c"}, ("a", "b", "c")),
+        ({"1": 0, "2": 1, "3": 2}, {"3": "c", "2": "b", "1": "a"}, ("a", "b", "c")),
+        ({"1": 0, "2": 1, "3": 2}, {"1": "a", "2": "b", "3": "c"}, ("a", "b", "c")),
+        ({"1": 0, "2": 1, "3": 2}, {"x": "a", "y": "b", "z": "c"}, ("a", "b", "c")),
+        ({"x": 2, "y": 1, "z": 0}, {"x": "a", "y": "b", "z": "c"}, ("c", "b", "a")),
+        ({"1": 0, "2": 1, "3": 2}, {"0": "a", "1": "b", "2": "c"}, None),
+        (None, {"0": "a", "1": "b", "2": "c", "LABEL_0": "b"}, None),
+    ],
+)
+def test_a_mapping_names_the_outputs_that_its_keys_stand_for(
+    written: dict[str, int] | None, mapping: dict[str, str], names: tuple[str, ...] | None
+) -> None:
+    """Whatever its order: the head is trained, and would have its names exchanged."""
+    config = GPTJConfig(
+        num_labels=3,
+        problem_type=SINGLE,
+        architectures=[GPTJForSequenceClassification.__name__],
+    )
+    record = None if written is None else {"written": {**NUMBERS_AND_NAMES, **written}}
+    task, options = TASKS["classification"], DataSettings(label_names=mapping)
+    if names is None:
+        with pytest.raises(SettingsError, match="does not name each output of m once"):
+            task.known_labels(config, "m", options, record)
+        return
+    found = task.known_labels(config, "m", options, record)
+    assert found is not None and found.names == names
 
 
 NUMBERED = ("LABEL_0", "LABEL_1", "LABEL_2")

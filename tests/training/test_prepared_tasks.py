@@ -23,6 +23,7 @@ from gptj.data.sources import read_rows
 from gptj.training.dataset import node_data, prepare_run_data, raw_plan
 from gptj.training.loader import Loader
 from gptj.training.settings import Settings, SettingsError
+from gptj_cli.training import check_first_rows
 
 WORDS = "the cat is old and the dog is new, so the house is so so"
 LABELS: dict[str, tuple[list[Any], dict[str, Any]]] = {
@@ -197,6 +198,43 @@ def test_further_training_of_a_regression_leaves_out_what_is_no_number(
     )
     found = node_data(settings, tokenizer, tmp_path).train
     assert [found[n].target.item() for n in range(len(found))] == [0.5, 1.5]
+
+
+@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+def test_further_training_reads_labels_as_before_whatever_their_names_order(
+    bad_rows: str, tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    """Class numbers from 1, with a list of the names, which would count from 0; one is no label."""
+    names = ["World", "Sports", "Business"]
+    rows = [{"text": f"{n} {WORDS}", "label": n % 3 + 1} for n in range(6)]
+    if bad_rows == "skip":
+        rows.append({"text": WORDS, "label": 4})
+    address = write(tmp_path, "rows.jsonl", rows)
+    config = GPTJConfig(
+        id2label=dict(enumerate(names)),
+        problem_type="single_label_classification",
+        architectures=["GPTJForSequenceClassification"],
+    )
+    record = {"written": {**{n: i for i, n in enumerate(names)}, "1": 0, "2": 1, "3": 2}}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config.to_dict()))
+    training = {"labels": {**record, "multi_hot": None}}
+    (tmp_path / "model" / "training.json").write_text(json.dumps(training))
+    settings = Settings(
+        task="classification",
+        storage=str(tmp_path / "runs"),
+        model={"checkpoint": str(tmp_path / "model")},  # type: ignore[arg-type]
+        data={  # type: ignore[arg-type]
+            "train": address,
+            "sequence_length": 24,
+            "bad_rows": bad_rows,
+            "label_names": names,
+        },
+    )
+    check_first_rows(address, settings)
+    prepared = prepare_run_data(settings, tokenizer, None, prepare)
+    found = node_data(settings, tokenizer, tmp_path, prepared).train
+    assert [found[n].target.item() for n in range(len(found))] == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_number_beyond_fp32_says_how_to_leave_it_out(

@@ -51,7 +51,7 @@ from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import (
     Progress,
-    _stopped_early,
+    _end,
     check_resumable,
     checkpoint_name,
     checkpoint_step,
@@ -789,14 +789,34 @@ def test_a_run_that_stopped_early_continues_with_more_patience(
     assert is_complete(best.model_copy(update={"early_stopping": 2}))
     for patience in (4, None):
         assert not is_complete(best.model_copy(update={"early_stopping": patience}))
-    with pytest.raises(SettingsError, match=r"ended early, after step \d+, since 3 evaluations"):
+    with pytest.raises(SettingsError, match=r"after step \d+, and the last 3 evaluations were"):
         is_complete(best.model_copy(update={"steps": 80}))
     # A model of an earlier version does not say so, but its last checkpoint does.
     training = json.loads(Path(best.model_folder, "training.json").read_text())
     assert (training.pop("stopped_early"), training.pop("worse")) == (True, 3)
-    assert _stopped_early(training, best.folder) == 3
-    assert _stopped_early({**training, "settings": {"early_stopping": 4}}, best.folder) is None
+    assert _end(training, best.folder) == (True, 3)
+    assert _end({**training, "settings": {"early_stopping": 4}}, best.folder) == (False, 3)
     assert not is_complete(best.model_copy(update={"steps": 80, "early_stopping": 4}))
+
+
+@pytest.mark.slow
+def test_a_run_whose_patience_ended_at_its_last_step_is_not_extended_by_nothing(
+    selected: dict[str, Settings], tmp_path: Path
+) -> None:
+    """It took all its steps, but it would take no further one."""
+    best = selected["best"]
+    shutil.copytree(best.folder, tmp_path / best.run)
+    whole = best.model_copy(update={"storage": str(tmp_path)})
+    file = Path(whole.model_folder, "training.json")
+    training = json.loads(file.read_text())
+    file.write_text(json.dumps({**training, "stopped_early": False}))
+    files = describe(whole.model_folder, list(Manifest.read(whole.model_folder).files)).files
+    (file.parent / "manifest.json").unlink()
+    Manifest(whole.model_folder, files).write()
+    assert is_complete(whole)
+    with pytest.raises(SettingsError, match=r"the last 3 evaluations were .* takes no further"):
+        is_complete(whole.model_copy(update={"steps": 80}))
+    assert not is_complete(whole.model_copy(update={"steps": 80, "early_stopping": 4}))
 
 
 @pytest.mark.slow

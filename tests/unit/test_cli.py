@@ -262,6 +262,26 @@ def test_first_values_are_checked_as_what_the_model_predicts(
     assert words_for(written(tmp_path / "more.csv", "text,label", "fine,4"), model=address)
 
 
+@pytest.mark.parametrize("name", ["*.csv", "@r.csv", "[a].csv", "!x.csv", "%x.csv", "#1 😀.csv"])
+def test_names_that_yaml_reads_otherwise_are_quoted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / ("a.csv" if name == "*.csv" else name), "text,label", "good,yes")
+    assert read_settings(words_for(name)).data.train == str(tmp_path / name)
+
+
+def test_how_rows_are_read_is_a_setting_before_the_task_is_known(tmp_path: Path) -> None:
+    """Read like all settings, on the command line or in a file."""
+    tabs = written(tmp_path / "tabs.csv", "body\tlabel", "good\tyes")
+    words = ["data.delimiter=\\t", 'data.columns.text="body"']
+    assert "task=classification" in words_for(tabs, *words)
+    file = written(tmp_path / "run.yaml", 'data: {columns: {text: body}, delimiter: "\\t"}')
+    assert "task=classification" in words_for(tabs, file)
+    with pytest.raises(SettingsError, match=r"data.delimiter: must be one character .* got 'ab'"):
+        words_for(tabs, "data.delimiter=ab")
+
+
 def test_the_first_answers_are_checked_before_a_job_starts(tmp_path: Path) -> None:
     row = {"question": "Who?", "context": "She did.", "answers": [{"text": "She"}]}
     with pytest.raises(DataError, match=r"row 1, column 'answers'"):

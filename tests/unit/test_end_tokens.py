@@ -82,6 +82,9 @@ def test_a_merged_adapter_keeps_its_bases(folder: Path, tmp_path: Path) -> None:
     assert ends(GPTJConfig.from_pretrained(tmp_path / "ours")) > {END, OTHER}
     for name in ("manifest.json", "config.json", "base.json"):
         (adapter / name).unlink(missing_ok=True)
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(folder)
+    assert ends(GPTJForCausalLM.from_pretrained(adapter).config) > {END, OTHER}
     merge_adapter(str(folder), str(adapter), str(tmp_path / "pefts"))
     assert ends(GPTJConfig.from_pretrained(tmp_path / "pefts")) > {END, OTHER}
 

@@ -20,6 +20,8 @@ if attempts.read_text() == "x":
 pathlib.Path("up").touch()
 time.sleep(60)
 """
+# And the second time for another reason.
+TAKEN = BUSY.replace('pathlib.Path("up").touch()', 'sys.exit("port 6379 is in use")')
 WRONG = 'import sys; sys.exit("Unable to connect to GCS")'
 
 
@@ -35,6 +37,24 @@ def test_a_node_that_came_up_too_late_is_started_again(
     ) as process:
         assert process.poll() is None
     assert process.poll() is not None
+    assert (tmp_path / "attempts").read_text() == "xx"
+
+
+def test_the_last_attempt_says_why_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(RuntimeError, match="port 6379 is in use") as error,
+        node_program(
+            [sys.executable, "-c", TAKEN],
+            environment=os.environ,
+            log=tmp_path / "log",
+            is_up=lambda: False,
+        ),
+    ):
+        pass
+    assert "timed out" not in str(error.value)
     assert (tmp_path / "attempts").read_text() == "xx"
 
 

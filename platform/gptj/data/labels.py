@@ -87,6 +87,17 @@ class LabelSet:
         extra = (self.trained or {}).keys() - set(self.names)
         return not any(_counts_like(text) for text in extra)
 
+    @property
+    def expected(self) -> LabelNames:
+        """What rows may have as a label, for `check_label`: the names, or also other values."""
+        table = self.trained if self.written is None else self.written
+        if table is None:
+            return self.names
+        values = {text: self.names[number] for text, number in table.items()}
+        if self.written is None and self.may_count:
+            return {**{str(number): name for number, name in self.id2label.items()}, **values}
+        return values
+
     def translated(self, written: Mapping[str, str]) -> LabelSet:
         """The same labels, for data that writes them as the mapping's keys."""
         if unknown := [name for name in written.values() if name not in self.names]:
@@ -175,13 +186,25 @@ def check_label(row: Row, names: LabelNames | None = None, problem_type: str | N
     if names is None:
         return
     table = _by_name(names.values() if isinstance(names, Mapping) else names)
-    numbers = all(isinstance(each, int | float) for each in values)
+    # Text such as 0.0 is a number if that of all rows is.
+    readings = [
+        [each, float(each)]
+        if isinstance(each, str) and not row.typed and _NUMBER.fullmatch(each)
+        else [each]
+        for each in values
+    ]
+    numbers = all(_is_number(each[-1]) for each in readings)
     if numbers and len(values) == len(table):  # may be multi-hot, or regression values
         return
     written = {**table, **names} if isinstance(names, Mapping) else table
-    for each in values:
-        counts = not isinstance(names, Mapping) and _is_count(each, len(table))
-        if _lookup(each, written) is None and not counts:  # type: ignore[arg-type]
+    may_count = not isinstance(names, Mapping)
+    for each, *more in readings:
+        known = any(
+            _lookup(value, written) is not None  # type: ignore[arg-type]
+            or (may_count and _is_count(value, len(table)))
+            for value in (each, *more)
+        )
+        if not known:
             number = None if isinstance(names, Mapping) else _as_whole(each)
             first = None if number is None else min(number, 1)
             raise row.error("label", _is_no_label(each, tuple(table), first))
@@ -415,6 +438,8 @@ def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
     values = [label.value for label in labels]
     if known.table is not None and _all_named(values, known.table):
         return SINGLE_LABEL
+    if known.names and len(known.names) > 1 and all(map(_is_whole, values)):
+        return SINGLE_LABEL  # 0.0 and 1.0 too: values to predict would be in lists
     for kind, problem_type in _KINDS:
         if all(kind(value) for value in values):
             return problem_type

@@ -42,5 +42,5 @@ class PrefillPacer:
             self._limit *= ratio
         elif ratio < 1:
             # A prompt's end, or a step launched before the limit fell: both may be too many.
-            self._limit = min(self._limit, tokens * ratio)
+            self._limit = min(self._limit, max(tokens * ratio, self._limit / MAX_CHANGE))
         self._limit = min(max(self._limit, 1.0), float(self._most))

@@ -67,11 +67,13 @@ def _stored(name: str, fake: Tensor, address: str, size: int) -> StoredTensor:
         raise CheckpointError(
             f"{address}: {name} has the shape {shape}, but {count} stored numbers"
         )
+    negated = fake.is_neg()  # what is stored; see Tensor.resolve_neg
 
     def load(target: torch.dtype) -> Tensor:
         held = torch.empty(count, dtype=dtype)
         storage.read_into(address, start, bytes_of(held))
-        return narrowed(held.as_strided(shape, stride, offset), target, name)
+        view = held.as_strided(shape, stride, offset)
+        return narrowed(view.neg() if negated else view, target, name)
 
     return StoredTensor(name, shape, dtype, load)
 

@@ -196,6 +196,8 @@ class GPTJPreTrainedModel(nn.Module):
             elif overrides:
                 check_overrides(overrides, vars(config))
                 config = GPTJConfig.from_dict({**config.to_dict(), **overrides})
+            if cls.can_generate() and "eos_token_id" not in overrides:
+                config.add_end_tokens(opened)
             head_follows = bool(adapter.config.modules_to_save)
             model = cls._from_weights(opened, config, dtype, device, head_follows=head_follows)
         put_adapter(model, adapter)

@@ -69,11 +69,13 @@ def check_count(name: str, value: list[Any], schema: Mapping[str, Any]) -> None:
         if not most or not _may_be(value[0], items):
             continue
         if len(value) > most:
-            raise InvalidRequestError(f"{name} may have {most} items, got {len(value)}", param=name)
+            raise InvalidRequestError(
+                f"{name} may have at most {most} items, got {len(value)}", param=name
+            )
         if items.get("type") == "array":
-            for item in value:
+            for place, item in enumerate(value):
                 if isinstance(item, list):
-                    check_count(name, item, items)
+                    check_count(f"{name}.{place}", item, items)
 
 
 _JSON_TYPES = {str: "string", int: "integer", float: "integer", list: "array", dict: "object"}

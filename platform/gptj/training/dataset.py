@@ -20,7 +20,7 @@ from gptj import storage
 from gptj.checkpoints.folder import ADAPTER_FILES, CONFIG, TRAINING, ModelFolder
 from gptj.checkpoints.manifest import Manifest, describe
 from gptj.config import GPTJConfig
-from gptj.data.labels import LabelSet
+from gptj.data.labels import REGRESSION, SINGLE_LABEL, LabelNames, LabelSet
 from gptj.data.prepared import Index, Prepared
 from gptj.data.preparing import (
     CHUNK_CHARACTERS,
@@ -212,9 +212,13 @@ def raw_plan(
     """
     data, split = settings.data, None
     problem_type: str | None = data.problem_type
-    if problem_type is None and settings.task == "classification":
-        trained = checkpoint_labels(settings)
-        problem_type = None if trained is None else trained.problem_type
+    names: LabelNames | None = data.label_names or None
+    trained = checkpoint_labels(settings) if settings.task == "classification" else None
+    if trained is not None:
+        problem_type = trained.problem_type
+        # In a list they say nothing of how rows write them, and the model's training does.
+        if isinstance(names, list) and trained.trained is not None:
+            names = trained.expected if problem_type == SINGLE_LABEL else None
     if data.evaluation_split is not None:
         cut = "text" if settings.task == "causal-lm" else None  # a book is one row
         held_out = name == "evaluation"
@@ -227,7 +231,7 @@ def raw_plan(
         bad_rows=data.bad_rows,
         chunk_characters=chunk_characters,
         task=settings.task,
-        label_names=(data.label_names or None) if problem_type != "regression" else None,
+        label_names=names if problem_type != REGRESSION else None,
         split=split,
         problem_type=problem_type,
     )

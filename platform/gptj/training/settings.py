@@ -301,6 +301,29 @@ def read_settings(words: Sequence[str]) -> Settings:
     Raises:
         SettingsError: naming the file or key, and what is allowed.
     """
+    try:
+        return Settings(**_read_words(words))
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from error
+
+
+def read_data_options(words: Sequence[str]) -> DataSettings:
+    """How a command line says that rows are read, whatever its task: columns, delimiter, bad rows.
+
+    SettingsError like read_settings.
+    """
+    found = _read_words(words).get("data")
+    data = found if isinstance(found, dict) else {}
+    try:
+        return DataSettings(
+            **{key: data[key] for key in ("columns", "delimiter", "bad_rows") if key in data}
+        )
+    except ValidationError as error:
+        raise SettingsError(_explain(error, "data.")) from error
+
+
+def _read_words(words: Sequence[str]) -> dict[str, Any]:
+    """A command line's fields, not yet checked."""
     fields: dict[str, Any] = {}
     given: dict[str, Any] = {}
     for position, word in enumerate(words):
@@ -318,10 +341,7 @@ def read_settings(words: Sequence[str]) -> Settings:
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if given.get(one) is not None and other not in given:
             fields.pop(other, None)
-    try:
-        return Settings(**fields)
-    except ValidationError as error:
-        raise SettingsError(_explain(error)) from error
+    return fields
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -416,11 +436,13 @@ def _put(fields: dict[str, Any], key: str, value: Any) -> None:
     fields[leaf] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, section: str = "") -> str:
+    """In a line a key, which is below `section.`."""
     lines = []
     for each in error.errors():
         # Without the names of union members, which contain brackets.
         key = ".".join(str(part) for part in each["loc"] if "[" not in str(part)) or "settings"
+        key = section + key
         message = each["msg"].removeprefix("Value error, ")
         if each["type"] == "extra_forbidden":
             meant = closest(key)

@@ -238,18 +238,17 @@ def is_complete(settings: Settings) -> bool:
             f"this model), or delete {settings.folder}"
         )
     more = extended(training["settings"], now)
-    worse = _stopped_early(training, settings.folder)
-    if worse is not None:
-        patience = settings.early_stopping
-        if patience is not None and worse >= patience:
-            if more:
-                raise SettingsError(
-                    f"the run {settings.run!r} ended early, after step {training['steps']}, since "
-                    f"{worse} evaluations in a row were not better: with early_stopping={patience} "
-                    f"it takes no further step; raise that as well, or set it to null"
-                )
-            return True
-    elif not more:
+    stopped_early, worse = _end(training, settings.folder)
+    patience = settings.early_stopping
+    if patience is not None and worse >= patience:
+        if more:  # also if it came to its last step just then
+            raise SettingsError(
+                f"the run {settings.run!r} ended after step {training['steps']}, and the last "
+                f"{worse} evaluations were not better: with early_stopping={patience} it takes no "
+                f"further step; raise that as well, or set it to null"
+            )
+        return True
+    if not (stopped_early or more):
         return True
     if latest_checkpoint(settings.folder) is None:
         raise SettingsError(
@@ -259,16 +258,16 @@ def is_complete(settings: Settings) -> bool:
     return False
 
 
-def _stopped_early(training: Mapping[str, Any], folder: str) -> int | None:
-    """How many evaluations in a row were not better, if a complete run ended because of them."""
+def _end(training: Mapping[str, Any], folder: str) -> tuple[bool, int]:
+    """Whether a complete run stopped early, and how many evaluations in a row were not better."""
     if "stopped_early" in training:
-        return training["worse"] if training["stopped_early"] else None
+        return training["stopped_early"], training["worse"]
     # A model of an earlier version: by its last checkpoint.
     patience, newest = training["settings"].get("early_stopping"), latest_checkpoint(folder)
     if patience is None or newest is None:
-        return None
+        return False, 0
     worse = read_progress(newest).worse
-    return worse if worse >= patience else None
+    return worse >= patience, worse
 
 
 def _checkpoints(folder: str) -> dict[str, bool]:

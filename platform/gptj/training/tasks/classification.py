@@ -136,6 +136,8 @@ def _renamed(trained: LabelSet, checkpoint: str, options: DataSettings) -> Label
     names = tuple(dict.fromkeys(written.values()) if isinstance(written, dict) else written)
     known, given = ", ".join(trained.names), ", ".join(names)
     if trained.is_nameless and len(names) == len(trained.names):
+        if isinstance(written, dict):
+            names = _by_output(trained, checkpoint, written)
         trained = replace(trained, names=names)
     if set(names) != set(trained.names):
         raise SettingsError(
@@ -151,6 +153,31 @@ def _renamed(trained: LabelSet, checkpoint: str, options: DataSettings) -> Label
             f"{checkpoint} ({known:.300}): leave it out, or use that order"
         )
     return trained
+
+
+def _by_output(trained: LabelSet, checkpoint: str, written: Mapping[str, str]) -> tuple[str, ...]:
+    """A mapping's names in the order of the outputs that its keys stand for.
+
+    The keys are values of the data of the model's training, if that is known, or the outputs' own
+    numbers or names. If they are none of these, their order is that of the outputs.
+    """
+    own = {str(number): number for number in trained.id2label}
+    own |= {name: number for number, name in trained.id2label.items()}
+    table = own if trained.trained is None else trained.trained
+    known = {key: table[key] for key in written if key in table}
+    names = tuple(dict.fromkeys(written.values()))
+    # Numbers that only partly are an output's may count from 1.
+    if not known or (trained.trained is None and len(known) < len(written)):
+        return names
+    outputs = {name: {known[key] for key in known if written[key] == name} for name in names}
+    if sorted(outputs.values(), key=sorted) != [{number} for number in trained.id2label]:
+        pairs = ", ".join(f"{key}: {number}" for key, number in table.items())
+        raise SettingsError(
+            f"data.label_names={written} does not name each output of {checkpoint} once: their "
+            f"numbers are {pairs:.300}; remedy: a name for each of these values, or a list of the "
+            f"names in the order of the outputs"
+        )
+    return tuple(sorted(names, key=lambda name: min(outputs[name])))
 
 
 def _classified(logits_BC: Array, targets: Array, problem_type: str) -> dict[str, float]:
