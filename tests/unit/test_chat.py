@@ -27,6 +27,7 @@ from gptj.chat import (
     read_template,
     template_of,
 )
+from gptj.chat.sources import MAX_BYTES
 from gptj.interop.exporter import export_weights
 from gptj.interop.importer import import_weights
 from gptj.interop.merging import merge_adapter
@@ -232,7 +233,7 @@ READY_TEXTS = {
 @pytest.mark.parametrize("name", READY)
 def test_builtin_templates_match_the_models_formats(tokenizer: GPTJTokenizer, name: str) -> None:
     template = template_of(tokenizer, read_template(name))
-    assert template is not None and template.marks_turns and not template.wants_parts
+    assert template is not None and template.marks_turns and not template.wants_parts()
     chat = [
         {"role": "system", "content": "Answer.", "name": "Anna"},
         {"role": "user", "content": "Hi"},
@@ -279,7 +280,7 @@ def test_stop_strings_are_computed(expression: str, expected: tuple[str, ...]) -
 
 
 def test_templates_that_only_take_content_parts_are_detected() -> None:
-    wanting = {name for name, source in PUBLISHED.items() if ChatTemplate(source).wants_parts}
+    wanting = {name for name, source in PUBLISHED.items() if ChatTemplate(source).wants_parts()}
     assert wanting == {"idefics3"}
 
 
@@ -571,6 +572,20 @@ def test_an_invalid_jinja_template_is_refused_with_its_line() -> None:
         ChatTemplate("{% for x in [1] %}" * 30 + "{% endfor %}" * 30)
     with pytest.raises(ChatTemplateError, match="not valid Jinja"):
         ChatTemplate("{{ " + "9" * 5000 + " }}")
+
+
+def test_a_template_that_is_too_long_is_refused(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+    """From wherever it comes, before it is compiled; in bytes."""
+    longest = "é" * (MAX_BYTES // 2)
+    ChatTemplate(longest)
+    path = tmp_path / "mine.jinja"
+    path.write_text(longest + "a")
+    match = r"has 65537 bytes, but a chat template may have at most 65536: shorten it"
+    with pytest.raises(ChatTemplateError, match=match):
+        read_template(str(path))
+    for make in (ChatTemplate, lambda source: template_of(tokenizer, source)):
+        with pytest.raises(ChatTemplateError, match=f"the chat template {match}"):
+            make(longest + "a")
 
 
 def test_templates_come_from_names_and_files(tmp_path: Path) -> None:
