@@ -357,25 +357,6 @@ LARGE = [
     GROWING.format("{% macro f() %}{% set ns.x = varargs %}{% endmacro %}{{ f(ns.x, ns.x) }}"),
     "{% for i in range(99999) %}" + "{{ 'x' * 99 }}" + "{% endfor %}",
     "{% for i in range(999) %}{% set x = 'x' * 4000000 ~ i %}{% endfor %}",
-    *(
-        f"{{% set t = 'x' * 4000000 %}}{{% set b = range(99999) | list %}}"
-        f"{{% for i in range(9999) %}}{operation}{{% endfor %}}"
-        for operation in (
-            "{% set x = t[1:] %}",
-            "{% set x = t.encode()[::-1] %}",
-            "{% set x = b[:-1] %}",
-            "{% set x = cycler(*b) %}",
-            "{% set x = b | batch(1) | list %}",
-            "{% for x in b | reverse %}{% if loop.last %}{% endif %}{% endfor %}",
-            "{% set x %}{{ b }}{% endset %}",
-            "{% autoescape true %}{% set x %}{{ t }}{% endset %}{% endautoescape %}",
-        )
-    ),
-    "{% set x %}{% for i in range(999) %}{{ range(99999) | list }}{% endfor %}{% endset %}",
-    "{% set d = {}.fromkeys(range(99999) | map('string')) %}"
-    "{% for i in range(999) %}{% set x = namespace(d) %}{% endfor %}",
-    "{% set d = {}.fromkeys(range(99999) | map('string')) %}"
-    "{% for i in range(999) %}{% set x = d.keys() - [] %}{% endfor %}",
     "{% set n = namespace(t='x' * 4000000) %}{{ ([n] * 9999) | sort(attribute='t') | length }}",
     "{% set n = namespace(t='x' * 4000000) %}{{ ([n] * 9999) | max(attribute='t') | length }}",
     "{{ range(9999) | map(attribute='x', default='x' * 4000000) | sort | length }}",
@@ -428,10 +409,40 @@ ENDLESS = [
 ]
 
 
+MADE = [
+    "{% set x = t[1:] %}",
+    "{% set x = t.encode()[::-1] %}",
+    "{% set x = b[:-1] %}",
+    "{% set x = cycler(*b) %}",
+    "{% set x = namespace(d) %}",
+    "{% set x = d.keys() - [] %}",
+    "{% for x in b | batch(1) %}{% if loop.last %}{% endif %}{% endfor %}",
+    "{% for x in b | reverse %}{% if loop.last %}{% endif %}{% endfor %}",
+    "{% set x %}{{ b }}{% endset %}",
+    "{% set x %}{% for i in range(999) %}{{ b }}{% endfor %}{% endset %}",
+    "{% autoescape true %}{% set x %}{{ t }}{% endset %}{% endautoescape %}",
+    "{% set x = '%s' % t %}",
+    "{% set x = '{}'.format(t) %}",
+    "{% macro f() %}{{ t }}{% endmacro %}{% set x = f() %}",
+]
+
+
+@pytest.mark.parametrize("operation", MADE)
+def test_whatever_is_made_counts(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_MADE", 2**20)
+    text = "x" * 20_000
+    values = {"t": text, "b": [0] * 4000, "d": dict.fromkeys(map(str, range(2000)))}
+    source = f"{{% for i in range(n) %}}{operation}{{% endfor %}}"
+    if "999" not in operation:
+        ChatTemplate(source).render([USER], variables={**values, "n": 1}, seconds=60)
+    with pytest.raises(ChatTemplateError, match="makes texts and lists of more than 1048576"):
+        ChatTemplate(source).render([USER], variables={**values, "n": 99}, seconds=60)
+
+
 @pytest.mark.parametrize("source", LARGE + UNCHECKED)
 def test_templates_cannot_fill_the_memory(source: str) -> None:
     with pytest.raises(ChatTemplateError, match=r"does too much: it (makes|gives|has) .* than \d+"):
-        ChatTemplate(source).render([USER], seconds=60)
+        ChatTemplate(source).render([USER])
 
 
 @pytest.mark.parametrize("source", ENDLESS)
