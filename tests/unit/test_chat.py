@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +23,11 @@ from gptj.chat import (
     ChatTemplateError,
     SlowTemplateError,
     encode_chat,
+    limits,
     read_template,
     template_of,
 )
+from gptj.chat.sources import MAX_BYTES
 from gptj.interop.exporter import export_weights
 from gptj.interop.importer import import_weights
 from gptj.interop.merging import merge_adapter
@@ -229,7 +233,7 @@ READY_TEXTS = {
 @pytest.mark.parametrize("name", READY)
 def test_builtin_templates_match_the_models_formats(tokenizer: GPTJTokenizer, name: str) -> None:
     template = template_of(tokenizer, read_template(name))
-    assert template is not None and template.marks_turns and not template.wants_parts
+    assert template is not None and template.marks_turns and not template.wants_parts()
     chat = [
         {"role": "system", "content": "Answer.", "name": "Anna"},
         {"role": "user", "content": "Hi"},
@@ -276,7 +280,7 @@ def test_stop_strings_are_computed(expression: str, expected: tuple[str, ...]) -
 
 
 def test_templates_that_only_take_content_parts_are_detected() -> None:
-    wanting = {name for name, source in PUBLISHED.items() if ChatTemplate(source).wants_parts}
+    wanting = {name for name, source in PUBLISHED.items() if ChatTemplate(source).wants_parts()}
     assert wanting == {"idefics3"}
 
 
@@ -353,6 +357,47 @@ LARGE = [
     GROWING.format("{% macro f() %}{% set ns.x = varargs %}{% endmacro %}{{ f(ns.x, ns.x) }}"),
     "{% for i in range(99999) %}" + "{{ 'x' * 99 }}" + "{% endfor %}",
     "{% for i in range(999) %}{% set x = 'x' * 4000000 ~ i %}{% endfor %}",
+    "{% set n = namespace(t='x' * 4000000) %}{{ ([n] * 9999) | sort(attribute='t') | length }}",
+    "{% set n = namespace(t='x' * 4000000) %}{{ ([n] * 9999) | max(attribute='t') | length }}",
+    "{{ range(9999) | map(attribute='x', default='x' * 4000000) | sort | length }}",
+    "{{ range(9999) | groupby('x', default='x' * 4000000) | length }}",
+    "{{ range(9999) | groupby('x', 'x' * 4000000) | length }}",
+]
+# Of values that all have the same hash, and other single calls whose time is not linear.
+SAME = "range(0, 2305843009213693951 * 50000, 2305843009213693951)"
+UNCHECKED = [
+    *(
+        f"{{% set t = 'a' * 200000 %}}{{{{ t.{name}('ab' + 'a' * 80000) }}}}"
+        for name in ("rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip")
+    ),
+    "{{ ('a' * 200000).rsplit(sep='ab' + 'a' * 80000) }}",
+    "{{ ('a' * 200000).encode().rfind(('ab' + 'a' * 80000).encode()) }}",
+    "{{ ('a' * 200000) | safe | attr('rfind')('ab' + 'a' * 80000) }}",
+    "{{ ('a' * 100000) | trim('b' * 100000 ~ 'a') }}",
+    "{{ ('\xfc\xe9' * 30000).encode('punycode') }}",
+    "{{ ('\xfc\xe9' * 30000).encode(encoding='Puny-Code') if false else "
+    "('\xfc' * 30000).encode(errors='xmlcharrefreplace') }}",
+    "{{ ('a' * 60000).encode().decode('punycode') }}",
+    "{{ (('<!---->' * 90000) | safe).striptags() }}",
+    "{{ (('&#64;' * 90000) | safe).unescape() }}",
+    "{{ ('a' * 4000000).translate('') }}",
+    f"{{{{ dict.fromkeys({SAME}) }}}}",
+    f"{{{{ {{}}.fromkeys({SAME}) }}}}",
+    f"{{{{ dict({SAME} | batch(2)) }}}}",
+    f"{{{{ namespace({SAME} | batch(2)) }}}}",
+    f"{{{{ {SAME} | unique | list }}}}",
+    "{{ (' ' * 65000) | wordwrap(1) }}",
+    "{{ ('ü' * 4000000) | urlencode }}",
+    "{{ range(9999) | map(attribute='x', default=[1]) | sum(start=[]) }}",
+    "{{ range(300) | map(attribute='x.' * 20000, default=1) | list }}",
+    "{{ range(300) | selectattr('x.' * 20000) | list }}",
+    "{{ range(300) | rejectattr('x.' * 20000, 'odd') | list }}",
+    "{{ range(300) | sort(attribute='x,' * 20000) }}",
+    "{{ range(300) | sort(false, false, 'x.' * 20000) }}",
+    "{{ range(300) | sum('x.' * 20000) }}",
+    "{{ range(300) | join('', 'x.' * 20000) }}",
+    "{{ ('{0' ~ '.x' * 20000 ~ '}').format(1) }}",
+    "{{ strftime_now('%d' * 20000) }}",
 ]
 ENDLESS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -364,7 +409,37 @@ ENDLESS = [
 ]
 
 
-@pytest.mark.parametrize("source", LARGE)
+MADE = [
+    "{% set x = t[1:] %}",
+    "{% set x = t.encode()[::-1] %}",
+    "{% set x = b[:-1] %}",
+    "{% set x = cycler(*b) %}",
+    "{% set x = namespace(d) %}",
+    "{% set x = d.keys() - [] %}",
+    "{% for x in b | batch(1) %}{% if loop.last %}{% endif %}{% endfor %}",
+    "{% for x in b | reverse %}{% if loop.last %}{% endif %}{% endfor %}",
+    "{% set x %}{{ b }}{% endset %}",
+    "{% set x %}{% for i in range(999) %}{{ b }}{% endfor %}{% endset %}",
+    "{% autoescape true %}{% set x %}{{ t }}{% endset %}{% endautoescape %}",
+    "{% set x = '%s' % t %}",
+    "{% set x = '{}'.format(t) %}",
+    "{% macro f() %}{{ t }}{% endmacro %}{% set x = f() %}",
+]
+
+
+@pytest.mark.parametrize("operation", MADE)
+def test_whatever_is_made_counts(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_MADE", 2**20)
+    text = "x" * 20_000
+    values = {"t": text, "b": [0] * 4000, "d": dict.fromkeys(map(str, range(2000)))}
+    source = f"{{% for i in range(n) %}}{operation}{{% endfor %}}"
+    if "999" not in operation:
+        ChatTemplate(source).render([USER], variables={**values, "n": 1}, seconds=60)
+    with pytest.raises(ChatTemplateError, match="makes texts and lists of more than 1048576"):
+        ChatTemplate(source).render([USER], variables={**values, "n": 99}, seconds=60)
+
+
+@pytest.mark.parametrize("source", LARGE + UNCHECKED)
 def test_templates_cannot_fill_the_memory(source: str) -> None:
     with pytest.raises(ChatTemplateError, match=r"does too much: it (makes|gives|has) .* than \d+"):
         ChatTemplate(source).render([USER])
@@ -374,6 +449,74 @@ def test_templates_cannot_fill_the_memory(source: str) -> None:
 def test_templates_cannot_keep_a_thread(source: str) -> None:
     with pytest.raises(SlowTemplateError, match=r"does too much: it takes more than 0.1 s"):
         ChatTemplate(source).render([USER], seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        "b == c",
+        "b < c",
+        "1 in b",
+        "b not in c",
+        "b is in c",
+        "b is eq c",
+        "text is lower",
+        "d[b]",
+        "{b: 1}",
+        "text[1:]",
+        "b[1:]",
+    ],
+)
+def test_the_time_is_seen_within_an_expression(
+    repeated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that proceeds when somebody looks at it."""
+    see_time_pass(monkeypatch)
+    values = {"b": (1, 2), "c": (1, 3), "d": {}, "text": "some"}
+    once, often = (ChatTemplate(f"{{{{ [{f'{repeated}, ' * n}] }}}}") for n in (1, 20))
+    once.render([USER], variables=values, seconds=0.1)
+    with pytest.raises(SlowTemplateError):
+        often.render([USER], variables=values, seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "{% for x in range(n) if x is odd and x is even %}{% endfor %}",
+        "{% for x in range(n) if x is odd and (x is even) recursive %}{{ loop([]) }}{% endfor %}",
+        "{{ range(n) | select('none') | list }}",
+        "{{ range(n) | reject('number') | list }}",
+        "{{ range(n) | selectattr('x') | list }}",
+        "{{ range(n) | rejectattr('x', 'undefined') | list }}",
+        "{{ range(n) | map(attribute='x') | list }}",
+        "{{ range(n) | batch(99) | list }}",
+        "{{ range(n) | slice(1) | list }}",
+        "{{ range(n) | unique | list }}",
+        "{{ range(n) | sort }}",
+        "{{ range(n) | min }}",
+        "{{ range(n) | max }}",
+        "{{ range(n) | sum }}",
+        "{{ range(n) | groupby('x', default=1) }}",
+        "{{ range(n) | join }}",
+        "{{ ('{{' * n).format() }}",
+        "{{ ('%%' * n) % () }}",
+    ],
+)
+def test_the_time_is_seen_in_every_loop(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    see_time_pass(monkeypatch)
+    template = ChatTemplate(loop)
+    template.render([USER], variables={"n": 1}, seconds=0.2)
+    with pytest.raises(SlowTemplateError):
+        template.render([USER], variables={"n": 40}, seconds=0.2)
+
+
+def see_time_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each check of a rendering's time sees another 10 ms."""
+    looks = count()
+    clock = SimpleNamespace(
+        thread_time=lambda: 0.01 * next(looks), perf_counter=lambda: 0.01 * next(looks)
+    )
+    monkeypatch.setattr(limits, "time", clock)
 
 
 def test_a_template_is_not_evaluated_while_it_is_read() -> None:
@@ -399,6 +542,24 @@ def test_a_template_is_not_evaluated_while_it_is_read() -> None:
         "{{ 'x' | center(5) }}{{ 'a b' | wordwrap(1) }}{{ 'a-a' | replace('a', 'bb', 1) }}",
         "{{ [[1], [2]] | sum(start=[]) }}{{ [1, 2, 3] | batch(2) | list }}"
         "{{ ','.join(messages | map(attribute='role')) }}",
+        "{{ '%s 12345678' % 'a' }}{{ '12345678 %s%%99999999' | format('a') }}"
+        "{{ '**%d** %5.1f%%' % (12345678, 2) }}{{ '%(a99999999)s' % {'a99999999': 1} }}"
+        "{{ '%(b(c))s' % {'b(c)': 2} }}{{ '%*d' % (3, 1) }}",
+        "{{ messages | sort(attribute='role,content') | map(attribute='role') | unique | list }}"
+        "{{ messages | groupby('role') | length }}{{ [3, 1, 2] | max }}{{ 'abba' | unique | join }}"
+        "{{ messages | rejectattr('role', 'in', ['user']) | map(attribute='content') | first }}"
+        "{{ [[1], [2]] | sum(start=[0]) }}{{ range(5) | batch(2, 0) | list }}{{ nothing | sort }}"
+        "{{ range(5) | slice(2) | map('join') | list }}{{ [1, 2] | reverse | list }}",
+        "{{ dict([('a', 1), ['b', 2]], c=3) }}{{ {}.fromkeys([1, (2,)], 'x') }}"
+        "{{ {1: 2, (3,): 4} }}"
+        "{% for x in range(9) if x is odd and x in [1, 3] %}{{ x }}{{ loop.last }}{% endfor %}"
+        "{% for x in [1, [2, [3]]] if x recursive %}{{ x if x is number else loop(x) }}"
+        "{% endfor %}",
+        "{{ 'é'.encode('utf-8').decode('latin-1') }}{{ 'é'.encode('punycode') }}"
+        "{{ ' a '.strip(' a').rsplit('b') }}{{ 'xax' | trim('x') }}{{ 'a' in 'ab' == true }}",
+        "{{ messages[::-1][0].content[1:-1] }}{{ messages[messages | length - 1]['role'] }}"
+        "{{ {'a': 1}.keys() - ['a'] }}{{ 1 < 2 < 3 }}{{ [1] == [1] }}"
+        "{{ strftime_now('%Y') | length }}",
         "{{ 'abc'[1:] }}{{ 'a,b'.split(',') }}{{ 7 // 2 }}{{ 7 % 4 }}{{ -2 ** 2 }}{{ 'ab' * 2 }}",
     ],
 )
@@ -422,6 +583,20 @@ def test_an_invalid_jinja_template_is_refused_with_its_line() -> None:
         ChatTemplate("{% for x in [1] %}" * 30 + "{% endfor %}" * 30)
     with pytest.raises(ChatTemplateError, match="not valid Jinja"):
         ChatTemplate("{{ " + "9" * 5000 + " }}")
+
+
+def test_a_template_that_is_too_long_is_refused(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+    """From wherever it comes, before it is compiled; in bytes."""
+    longest = "é" * (MAX_BYTES // 2)
+    ChatTemplate(longest)
+    path = tmp_path / "mine.jinja"
+    path.write_text(longest + "a")
+    match = r"has 65537 bytes, but a chat template may have at most 65536: shorten it"
+    with pytest.raises(ChatTemplateError, match=match):
+        read_template(str(path))
+    for make in (ChatTemplate, lambda source: template_of(tokenizer, source)):
+        with pytest.raises(ChatTemplateError, match=f"the chat template {match}"):
+            make(longest + "a")
 
 
 def test_templates_come_from_names_and_files(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import threading
 import time
 from contextvars import ContextVar
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import gptj.serving
 from gptj import GPTJTokenizer
 from gptj.chat import ChatTemplate
+from gptj.chat.template import QUICK_SECONDS
 from gptj.serving.chat import messages as messages_module
 from gptj.serving.chat.messages import ChatMessage, TemplateFields, rendering_size
 from gptj.serving.errors import SCOPE, InvalidRequestError, OverloadedError
@@ -151,6 +153,49 @@ def test_a_template_is_slow_after_two_slow_chats_and_quick_after_a_quick_one(
     assert chats.chat(template, text, endless=True) == "slow template"
     assert chats.chat(template, text, endless=False) == "slow template"
     assert chats.chat(template, text, endless=False) == kind
+
+
+def test_a_slow_probe_of_a_template_is_not_taken_for_its_answer() -> None:
+    """It takes 0.3 s to see a user's text, in both forms: more than the quick threads give it."""
+    chats, messages = Chats(), [ChatMessage(role="user", content="Where do penguins live?")]
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.content is not string %}{{ slow() }}{{ m.content[0].text }}"
+        "{% endif %}{% endfor %}",
+    )
+
+    async def run() -> str:
+        return await in_template_thread(
+            lambda: rendering_size(template, messages), chats.rendered, template, messages
+        )
+
+    waits = iter([0.3, 0.0, 0.0, 0.0])
+
+    def slow() -> str:
+        end = time.thread_time() + next(waits)
+        while time.thread_time() < end:
+            pass
+        return ""
+
+    template._template.globals["slow"] = slow
+    assert asyncio.run(run()) == "Where do penguins live?"
+    assert asyncio.run(run()) == "Where do penguins live?"
+
+
+def test_a_chat_that_a_quick_thread_rendered_is_slow_if_it_took_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the template did in one step, before its limit was checked."""
+    messages = [ChatMessage(role="user", content="hi")]
+    template = ChatTemplate("{{ messages[0].content }}")
+    assert not template.wants_parts()
+    times = iter([0.0, QUICK_SECONDS * 2, 0.0, QUICK_SECONDS * 2, 0.0, QUICK_SECONDS / 2])
+    monkeypatch.setattr(messages_module, "time", SimpleNamespace(thread_time=lambda: next(times)))
+    monkeypatch.setattr(messages_module, "in_quick_thread", lambda: True)
+    slow = []
+    for _ in range(3):
+        assert TemplateFields().rendered(template, messages) == "hi"
+        slow.append(template.is_slow)
+    assert slow == [False, True, False]
 
 
 def test_a_text_above_the_bound_may_wait_alone() -> None:

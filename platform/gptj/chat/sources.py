@@ -8,7 +8,8 @@ from gptj import storage
 from gptj.chat.errors import ChatTemplateError
 from gptj.storage.addresses import normalized
 
-MAX_BYTES = 2**20
+# Compiling takes up to a second for so much. Published templates have less than half of it.
+MAX_BYTES = 2**16
 
 # For chat-tuned GPT-Js without their own template, following their training data.
 READY = {
@@ -36,11 +37,17 @@ def read_template(name_or_address: str) -> str:
             f"{name_or_address} is neither a file nor a built-in chat template; there are "
             f"{', '.join(READY)}"
         ) from error
+    check_size(size, address)
+    return decoded(content, address)
+
+
+def check_size(size: int, name: str) -> None:
+    """Of a template's source in bytes. Raises ChatTemplateError."""
     if size > MAX_BYTES:
         raise ChatTemplateError(
-            f"{address} has {size} bytes, but a chat template may have at most {MAX_BYTES}"
+            f"{name} has {size} bytes, but a chat template may have at most {MAX_BYTES}: shorten "
+            f"it, such as by macros for what is repeated"
         )
-    return decoded(content, address)
 
 
 def decoded(content: bytes, address: str) -> str:

@@ -25,6 +25,7 @@ from gptj.chat.environment import (
 )
 from gptj.chat.errors import ChatTemplateError, SlowTemplateError
 from gptj.chat.limits import MAX_SECONDS, LimitError, TimeLimitError, limited
+from gptj.chat.sources import check_size
 
 Message = Mapping[str, Any]  # role, content, and any other fields that a template uses
 
@@ -72,11 +73,13 @@ class ChatTemplate:
         special_tokens: `bos_token`, `eos_token` and the like, for the template to use.
 
     Raises:
-        ChatTemplateError: if the source is not valid Jinja.
+        ChatTemplateError: if the source is not valid Jinja, or too long.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        check_size(len(source.encode(errors="surrogatepass")), "the chat template")
         self.source = source
+        self._wants_parts: bool | None = None  # not known yet
         self._slow_chats = 0  # the last ones, in a row
         self._special_tokens = dict(special_tokens or {})
         environment = new_environment()
@@ -114,15 +117,24 @@ class ChatTemplate:
         """Whether it has `{% generation %}` blocks."""
         return any(name.name == BLOCK_START for name in self._tree.find_all(nodes.Name))
 
-    @cached_property
-    def wants_parts(self) -> bool:
+    def wants_parts(self, seconds: float = MAX_SECONDS) -> bool:
         """Whether it accepts contents only as lists of parts, not as strings.
 
-        Determined by trying both.
+        Determined by trying both, the first time.
+
+        Args:
+            seconds: most CPU time for each.
+
+        Raises:
+            SlowTemplateError: if it takes more; the next call tries again.
         """
-        text = "a text to find"
-        parts = [{"type": "text", "text": text}]
-        return not self._shows(text, text) and self._shows(parts, text)
+        if self._wants_parts is None:
+            text = "a text to find"
+            parts = [{"type": "text", "text": text}]
+            self._wants_parts = not self._shows(text, text, seconds) and self._shows(
+                parts, text, seconds
+            )
+        return self._wants_parts
 
     def render(
         self,
@@ -213,10 +225,12 @@ class ChatTemplate:
             )
         return text, spans
 
-    def _shows(self, content: Any, text: str) -> bool:
+    def _shows(self, content: Any, text: str, seconds: float) -> bool:
         try:
             messages = [{"role": "user", "content": content}]
-            return text in self.render(messages, seconds=QUICK_SECONDS)
+            return text in self.render(messages, seconds=seconds)
+        except SlowTemplateError:
+            raise
         except ChatTemplateError:
             return False
 

@@ -41,6 +41,7 @@ class TokenizerFiles:
         default = END_OF_TEXT if END_OF_TEXT in known else None
         for name in ("bos_token", "eos_token", "unk_token"):
             settings.setdefault(name, default)
+        template = _template_file(folder, files)
         try:
             named = _named_tokens(settings)
             make_special(tokenizer, {*named.values(), *_unnamed_tokens(settings)} & set(known))
@@ -49,7 +50,7 @@ class TokenizerFiles:
                 special_tokens=named,
                 model_max_length=_longest(settings.get("model_max_length")),
                 padding_side=_side(settings.get("padding_side", "right")),
-                chat_template=_chat_template(settings.get("chat_template"), files),
+                chat_template=_chat_template(template, settings),
             )
         except ValueError as error:
             raise _unreadable(folder, "tokenizer_config.json", error) from error
@@ -71,18 +72,22 @@ class TokenizerSettings:
         settings = _settings(folder, files)
         added = _json_object(folder, files, "added_tokens.json")
         try:
+            added_entries = _added_entries((number, token) for token, number in added.items())
+        except ValueError as error:
+            raise _unreadable(folder, "added_tokens.json", error) from error
+        template = _template_file(folder, files)
+        try:
             named = _named_tokens(settings)
             # Nothing is padded with the pad token where the tokenizer is used.
             needed = {text for name, text in named.items() if text and name != "pad_token"}
             entries: dict[str, int | None] = dict.fromkeys(
                 sorted(needed | _unnamed_tokens(settings))
             )
-            entries |= _added_entries((number, token) for token, number in added.items())
-            entries |= _added_entries(_decoder(settings).items())
-            template = _chat_template(settings.get("chat_template"), files)
+            entries |= added_entries | _added_entries(_decoder(settings).items())
+            chat_template = _chat_template(template, settings)
         except ValueError as error:
             raise _unreadable(folder, "tokenizer_config.json", error) from error
-        return cls(named, entries, template)
+        return cls(named, entries, chat_template)
 
 
 def _decoder(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,13 +197,21 @@ def _token_text(token: Any) -> str | None:
     return text
 
 
-def _chat_template(setting: Any, files: Mapping[str, bytes]) -> str | dict[str, str] | None:
+def _template_file(folder: str, files: Mapping[str, bytes]) -> str | None:
+    """A chat template's own file; None if there is none."""
+    if CHAT_TEMPLATE not in files:
+        return None
+    try:
+        return files[CHAT_TEMPLATE].decode()
+    except UnicodeDecodeError as error:
+        raise _unreadable(folder, CHAT_TEMPLATE, error) from error
+
+
+def _chat_template(file: str | None, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The template from its file, else from the settings: a string, or several by name."""
-    if CHAT_TEMPLATE in files:
-        try:
-            return files[CHAT_TEMPLATE].decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{CHAT_TEMPLATE} is not UTF-8: {error}") from error
+    if file is not None:
+        return file
+    setting = settings.get("chat_template")
     if setting is None or isinstance(setting, str):
         return setting
     try:

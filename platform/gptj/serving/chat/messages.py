@@ -175,14 +175,15 @@ class TemplateFields(RequestModel):
         begins = self.add_generation_prompt
         quick = QUICK_SECONDS * max(1.0, _size(messages) / LONG)
         is_quick = in_quick_thread()
+        seconds = min(quick, MAX_SECONDS) if is_quick else MAX_SECONDS
         start = time.thread_time()
         try:
             text = template.render(
-                for_template(template, messages),
+                for_template(template, messages, seconds),
                 add_generation_prompt=not self.continue_final_message if begins is None else begins,
                 continue_final_message=self.continue_final_message,
                 variables=self.chat_template_kwargs,
-                seconds=min(quick, MAX_SECONDS) if is_quick else MAX_SECONDS,
+                seconds=seconds,
             )
         except ChatTemplateError as error:
             if isinstance(error, SlowTemplateError) and is_quick:
@@ -191,8 +192,9 @@ class TemplateFields(RequestModel):
             raise InvalidRequestError(
                 str(error), param="messages", code="chat_template_error"
             ) from error
-        if is_quick or time.thread_time() - start < quick:
-            template.note(is_slow=False)
+        is_slow = time.thread_time() - start > quick
+        if is_quick or not is_slow:  # the thread for slow ones may render again what was noted
+            template.note(is_slow=is_slow)
         return text
 
 
@@ -205,15 +207,21 @@ def _size(messages: Sequence[ChatMessage]) -> int:
     return sum(message.size for message in messages)
 
 
-def for_template(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Checked messages, with contents in the form that the template expects."""
+def for_template(
+    template: ChatTemplate, messages: Sequence[ChatMessage], seconds: float
+) -> list[dict[str, Any]]:
+    """Checked messages, with contents in the form that the template expects.
+
+    Raises SlowTemplateError if it takes more CPU time than `seconds` to find that out.
+    """
+    wants_parts = template.wants_parts(seconds)
     return [
         {
             # OpenAI's newer name for the same role, which few templates know.
             "role": "system"
             if message.role == "developer" and "developer" not in template.source
             else message.role,
-            "content": _content(message.content or "", template.wants_parts),
+            "content": _content(message.content or "", wants_parts),
             "name": message.name,
         }
         for message in messages
