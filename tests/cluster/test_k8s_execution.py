@@ -328,6 +328,7 @@ def test_a_new_redis_password_only_needs_a_restart_of_redis(
     """The head ends by itself, and its successor has the new one, by the secret."""
     before = replicas(serving.applications())
     with asking(serving) as replies:
+        wait_for_more(replies)  # so that the connection is a worker's, not the ending head's
         redis.start(secrets.token_hex(16))
         here.secrets["redis", "password"] = redis.password
         serving.head.process.wait(timeout=60)
