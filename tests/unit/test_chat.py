@@ -308,6 +308,13 @@ def test_forbidden_template_operations_are_errors(source: str) -> None:
         ChatTemplate(source).render([USER])
 
 
+def test_a_templates_own_reason_is_cut() -> None:
+    source = "{{ raise_exception('too many turns: ' ~ 'x' * 1000000) }}"
+    with pytest.raises(ChatTemplateError, match="too many turns: xxx") as error:
+        ChatTemplate(source).render([USER])
+    assert len(str(error.value)) < 2000
+
+
 GROWING = (
     "{{% set ns = namespace(x='a'*9) %}}{{% for i in range(60) %}}{}{{% endfor %}}{{{{ ns.x }}}}"
 )

@@ -54,6 +54,7 @@ _FAILURES = (
 
 
 # And that its source can, in Jinja or in Python, to which Jinja translates it.
+MAX_REASON = 1000  # characters of why a template rejects the messages
 _INVALID = (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError, OverflowError)
 
 
@@ -196,7 +197,8 @@ class ChatTemplate:
                 f"is not valid Unicode"
             ) from error
         except _FAILURES as error:
-            reason = str(error) or type(error).__name__
+            # Of a template, or of a value that it failed on: either may have any length.
+            reason = str(error)[:MAX_REASON] or type(error).__name__
             raise ChatTemplateError(f"the chat template rejects the messages: {reason}") from error
 
     def render_blocks(
