@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Tests mostly wait for programs to start: run three at a time on two cores.
+# Three at a time on two cores, since some wait; tests/conftest.py says which start Ray clusters.
 test: environment
 	$(SIDE_BY_SIDE) -m "not alone and not nightly"
 	$(BIN)/python -m pytest -m "alone and not nightly" tests/cluster
@@ -26,7 +26,7 @@ quick: environment
 	$(QUICK)
 QUICK = $(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not server and not alone"
 
-# Line coverage of the library by the quick tests, which take 145 seconds rather than 86.
+# Line coverage of the library by the quick tests, which take two thirds longer.
 coverage: environment
 	$(QUICK) --cov --cov-fail-under=90
 

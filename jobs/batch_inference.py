@@ -142,7 +142,7 @@ class Settings(BaseModel):
 
 
 SECTIONS = ("columns", "parameters", "args")
-TEXT_ARGUMENTS = {
+TEXT_ARGUMENTS = {  # of any service: they stay as they are written
     name
     for arguments in ARGUMENTS.values()
     for name, field in arguments.model_fields.items()
@@ -188,12 +188,12 @@ def read_settings(words: Sequence[str]) -> Settings:
         if section == "columns" and name:
             fields[section][name] = text
         elif section in SECTIONS and name:
-            plain = section == "args" and name in TEXT_ARGUMENTS
-            fields[section][name] = parsed_yaml(word, text, is_text=plain)
+            stays = section == "args" and name in TEXT_ARGUMENTS
+            fields[section][name] = parsed_yaml(word, text, is_text=stays)
         elif not name and section in Settings.model_fields.keys() - {*PLACES, *SECTIONS}:
+            stays = section == "keep"
             is_yaml = section != "delimiter"
-            plain = section == "keep"
-            fields[section] = parsed_yaml(word, text, is_text=plain) if is_yaml else text
+            fields[section] = parsed_yaml(word, text, is_text=stays) if is_yaml else text
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)

@@ -157,7 +157,7 @@ class GPTJConfig:
     def add_end_tokens(self, folder: ModelFolder) -> None:
         """Add those of `generation_config.json` to `eos_token_id`, if the folder has the file.
 
-        As transformers and vLLM generate. CheckpointError if they are no token ids.
+        transformers and vLLM stop at these too. Raises CheckpointError if they are not token ids.
         """
         if GENERATION_CONFIG not in (folder if folder.manifest is None else folder.manifest.files):
             return

@@ -103,9 +103,9 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def tail(log: Path, characters: int = 2000) -> str:
-    """The end of a log, for an error message."""
-    return log.read_text(errors="replace")[-characters:]
+def tail(log: Path, characters: int = 2000, *, since: int = 0) -> str:
+    """The end of a log, for an error message; `since`: bytes of it that are older."""
+    return log.read_bytes()[since:].decode(errors="replace")[-characters:]
 
 
 def _tree(process: subprocess.Popen[bytes] | psutil.Process) -> list[psutil.Process]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from gptj_local.processes import HOST, LOOPBACK, Host, free_ports, running
+from gptj_local.processes import HOST, LOOPBACK, Host, free_ports, running, tail
 
 START_SECONDS = 120
 GAVE_UP = "The current node timed out during startup"  # `ray start`, after 30 seconds
@@ -133,10 +133,9 @@ class LocalRay:
                 "DASHBOARD_METRIC_PORT": str(dashboards),
                 **_serve(environment, Path(sessions)),
             }
-            # The raylet may take half a minute to leave a cluster, which has only this node.
             node = cls(
                 *(head, dashboard, metrics),
-                process_id=0,
+                process_id=0,  # there is none yet
                 logs=Path(sessions) / "session_latest" / "logs",
                 token=token,
                 more_nodes=more_nodes,
@@ -234,6 +233,7 @@ def node_program(
     deadline = time.monotonic() + start_seconds
     while True:
         before = log.stat().st_size if log.exists() else 0
+        # A raylet may take half a minute to leave its cluster, and nothing here needs that.
         with running(command, environment=environment, log=log, grace_seconds=2) as process:
             while not is_up():
                 if process.poll() is not None or time.monotonic() > deadline:
@@ -242,7 +242,7 @@ def node_program(
             else:
                 yield process
                 return
-        output = log.read_bytes()[before:].decode(errors="replace")[-2000:]
+        output = tail(log, since=before)
         if GAVE_UP not in output or time.monotonic() > deadline:
             raise RuntimeError(
                 f"the Ray node did not come up (exit status {process.returncode}); the end of "

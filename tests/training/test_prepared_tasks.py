@@ -204,7 +204,7 @@ def test_further_training_of_a_regression_leaves_out_what_is_no_number(
 def test_further_training_reads_labels_as_before_whatever_their_names_order(
     bad_rows: str, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
-    """Class numbers from 1, with a list of the names, which would count from 0; one is no label."""
+    """Rows count the classes from 1, where a list of names alone would mean from 0."""
     names = ["World", "Sports", "Business"]
     rows = [{"text": f"{n} {WORDS}", "label": n % 3 + 1} for n in range(6)]
     if bad_rows == "skip":

@@ -392,7 +392,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(format: str) -> str:
-    budget().check_path(format)
+    budget().check_path(format, "a date's format")
     return datetime.now().strftime(format)
 
 

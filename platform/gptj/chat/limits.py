@@ -72,7 +72,8 @@ class Budget:
     def __init__(self, seconds: float = MAX_SECONDS) -> None:
         self._seconds = seconds
         self._end = time.thread_time() + seconds
-        # Asking for the CPU time is slow, so only when it can be up: it is no more than real time.
+        # Reading the CPU time is slow, and it never passes faster than real time: it is not read
+        # before that much real time has passed.
         self._soonest = time.perf_counter() + seconds
         self._made = 0
         # Of containers in containers: one may be in another many times over, and so be measured
@@ -150,12 +151,10 @@ class Budget:
                     f"{len(other)}, more than {MAX_COMPARED} to compare"
                 )
 
-    def check_path(self, path: Any) -> None:
-        """Of an attribute, such as a.b.c, or of the format of a date."""
+    def check_path(self, path: Any, what: str = "an attribute's path") -> None:
+        """Of an attribute, such as a.b.c, or of what else takes time for each of its parts."""
         if isinstance(path, str) and len(path) > MAX_PATH:
-            raise LimitError(
-                f"it has an attribute's path or a date's format of more than {MAX_PATH} characters"
-            )
+            raise LimitError(f"it has {what} of more than {MAX_PATH} characters")
 
     def check_keys(self, keys: Iterable[Any]) -> None:
         """Before they are put into a dictionary or set.

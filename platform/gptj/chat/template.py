@@ -53,8 +53,8 @@ _FAILURES = (
 )
 
 
-# And that its source can, in Jinja or in Python, to which Jinja translates it.
 MAX_REASON = 1000  # characters of why a template rejects the messages
+# And that its source can, in Jinja or in Python, to which Jinja translates it.
 _INVALID = (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError, OverflowError)
 
 

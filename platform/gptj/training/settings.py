@@ -437,7 +437,7 @@ def _put(fields: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, section: str = "") -> str:
-    """In a line a key, which is below `section.`."""
+    """A line for each wrong key, with `section` (such as `data.`) before it."""
     lines = []
     for each in error.errors():
         # Without the names of union members, which contain brackets.
