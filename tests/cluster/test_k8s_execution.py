@@ -129,6 +129,7 @@ def here(s3_server: LocalS3, redis: Redis, tmp_path_factory: pytest.TempPathFact
             "http://seaweedfs:8333": s3_server.endpoint,
             "redis:6379": redis.address,
             "/var/cache/gptj": str(folder / "checkpoints"),
+            "/var/cache/huggingface": str(folder / "hub"),
         },
         secrets={
             ("s3", "AWS_ACCESS_KEY_ID"): s3_server.access_key,

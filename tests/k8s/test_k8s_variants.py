@@ -186,7 +186,20 @@ def test_the_checkpoint_cache_fits_on_its_volume(
 
 
 EXAMPLES = 40e9  # bytes: those of ten billion tokens
-FROM_A_HUB = 24.3e9  # bytes of a 6B model in fp32, which goes to HOME
+FROM_A_HUB = 24.3e9  # bytes of a 6B model in fp32
+
+
+def test_a_model_from_a_hub_fits_on_serving_workers(variant: tuple[str, list[Object]]) -> None:
+    """The hub's library downloads into HF_HOME, or HOME, where /tmp is too small for it."""
+    (service,) = of_kind(variant[1], "RayService")
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    container = pod["containers"][0]
+    (home,) = [each["value"] for each in container["env"] if each["name"] == "HF_HOME"]
+    (mount,) = [each for each in container["volumeMounts"] if each["mountPath"] == home]
+    assert not mount.get("readOnly")
+    (volume,) = [each for each in pod["volumes"] if each["name"] == mount["name"]]
+    assert quantity(volume["emptyDir"]["sizeLimit"]) > FROM_A_HUB
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "gpu+spot", "gpu+irsa", "gpu+kueue", "local"])
