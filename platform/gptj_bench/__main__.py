@@ -63,7 +63,7 @@ from gptj_bench import adapters, grammar, load_weights, machine, mlperf
 from gptj_bench.decode import DTYPES, OURS, TEXT_IDS, Decode, load_runner, split_dtype
 from gptj_bench.http_load import Load
 from gptj_bench.perplexity import Perplexity
-from gptj_bench.serve import MODEL_NAME, ours, vllm
+from gptj_bench.serve import MODEL_NAME, ours, ray_serve_llm, vllm
 from gptj_bench.speculation import SpeculationBenchmark
 from gptj_bench.vocabulary import gpt2_tokenizer
 from gptj_jobs import command_line
@@ -202,7 +202,7 @@ def decode(given: argparse.Namespace) -> list[Row]:
 
 
 def serve(given: argparse.Namespace) -> list[Row]:
-    """Our service, then vLLM's, under the same load, each after a warm-up."""
+    """Our service, vLLM's, and Ray Serve LLM under the same load, each after a warm-up."""
     dtype, quantization = split_dtype(given.dtype)
     arguments = {"dtype": dtype, "quantization": quantization}
     rows: list[Row] = []
@@ -213,6 +213,9 @@ def serve(given: argparse.Namespace) -> list[Row]:
             if given.peers:
                 python = given.peers / "vllm" / "bin" / "python"
                 rows += _loaded("vllm", "bfloat16", vllm(given.model, python, folder), given)
+                python = given.peers / "ray-llm" / "bin" / "python"
+                service = ray_serve_llm(given.model, python, folder)
+                rows += _loaded("ray-serve-llm", "bfloat16", service, given)
     return rows
 
 

