@@ -27,6 +27,7 @@ from gptj.generation import GenerationConfig, generate
 from gptj.kv_cache import KVCache
 from gptj.layers.linear_cross_entropy import IGNORED_LABEL as IGNORED_LABEL
 from gptj.layers.linear_cross_entropy import LanguageModelHead
+from gptj.layers.recomputation import checkpoint_selectively
 from gptj.layers.varlen_attention import (
     DocumentBorders,
     DocumentsByLength,
@@ -102,7 +103,8 @@ class GPTJModel(GPTJPreTrainedModel):
         x_BLD = self.drop(self._embed(input_ids, inputs_embeds, token_type_ids))
         if use_cache is None:
             use_cache = self.config.use_cache and cu_seqlens is None
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        trains = self.training and torch.is_grad_enabled()
+        recompute = self.gradient_checkpointing if trains else False
         if recompute and use_cache:
             use_cache = False  # a block that runs twice would append to the cache twice
         cache = KVCache.of(past_key_values) if use_cache or past_key_values is not None else None
@@ -133,9 +135,13 @@ class GPTJModel(GPTJPreTrainedModel):
             if with_hidden_states:  # each is as large as the activations: keep only if requested
                 hidden_states.append(x_BLD)
             if recompute:
-                x_BLD, probabilities = checkpoint(
-                    block, x_BLD, rotary, mask, None, with_attentions, use_reentrant=False
-                )
+                arguments = (x_BLD, rotary, mask, None, with_attentions)
+                if recompute == "selective":
+                    x_BLD, probabilities = checkpoint_selectively(
+                        block, *arguments, attention_dropout=self.config.attn_pdrop
+                    )
+                else:
+                    x_BLD, probabilities = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x_BLD, probabilities = block(x_BLD, rotary, mask, cache, with_attentions)
             attentions.append(probabilities)
@@ -268,8 +274,11 @@ class GPTJMLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
-        out_BLD: Tensor = self.dropout(self.fc_out(activate(self.fc_in(h_BLD), self.activation)))
-        return out_BLD
+        # Of a matrix, DeepSpeed's stage 3 adds the bias within the product; otherwise in place,
+        # into an output that checkpoint_selectively keeps.
+        h_TD = h_BLD.flatten(0, -2)
+        out_TD: Tensor = self.dropout(self.fc_out(activate(self.fc_in(h_TD), self.activation)))
+        return out_TD.view_as(h_BLD)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,11 @@ CASES: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "model": {"gradient_checkpointing": True},
     },
+    "16 rows, selective": {
+        "micro_batch_size": 16,
+        "batch_size": 16,
+        "model": {"gradient_checkpointing": "selective"},
+    },
     "4 micro-batches": {"batch_size": 8},
     "LoRA, fp32": {"adapter": {}},
     "LoRA, bf16, 16 rows": {

@@ -7,6 +7,7 @@
 | run | what is trained |
 |---|---|
 | `full` | all weights, on rows without padding |
+| `recomputed`, `selective` | the same with `model.gradient_checkpointing: true`, or `selective` |
 | `lora` | LoRA on q_proj and v_proj, on the same rows |
 | `packed`, `padded` | all weights, on --data's texts: best fit into rows, or a padded row each |
 
@@ -51,6 +52,14 @@ PEER = Path(__file__).parent / "peers" / "train.py"
 PEER_STATES = {"bf16": ("bf16", "masters"), "fp32": ("fp32",)}
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"data": {"packing": "concatenate"}},
+    "recomputed": {
+        "data": {"packing": "concatenate"},
+        "model": {"gradient_checkpointing": True},
+    },
+    "selective": {
+        "data": {"packing": "concatenate"},
+        "model": {"gradient_checkpointing": "selective"},
+    },
     "lora": {"data": {"packing": "concatenate"}, "adapter": {}},
     "packed": {"data": {"packing": "best_fit"}},
     "padded": {"data": {"packing": "none"}},
@@ -115,9 +124,10 @@ def commands(runs: Sequence[str], given: argparse.Namespace) -> Iterator[list[st
 
 
 def ratios(medians: dict[str, float]) -> dict[str, float]:
-    """Of `full` to the peers, of `lora` to `full`, of `packed` to `padded`."""
+    """Of `full` to the peers, of other ways to train to `full`, of `packed` to `padded`."""
     pairs = [("full", engine) for engine in medians if engine not in RUNS]
-    pairs += [("lora", "full"), ("packed", "padded")]
+    pairs += [(other, "full") for other in ("recomputed", "selective", "lora")]
+    pairs += [("packed", "padded")]
     return {
         f"{one} / {other}": round(medians[one] / medians[other], 2)
         for one, other in pairs
@@ -153,9 +163,9 @@ def measure(run: str, given: argparse.Namespace) -> dict[str, Any]:
                 "batch_size": given.rows,
                 "micro_batch_size": given.rows,
                 "log_every": 1,
-                "model": {"checkpoint": given.model},
                 "deepspeed": {"stage": given.stage, "precision": given.precision},
                 **fields,
+                "model": {"checkpoint": given.model, **fields.get("model", {})},
             }
         )
         (port,) = free_ports(1)

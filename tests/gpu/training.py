@@ -30,6 +30,7 @@ from gptj.training.deepspeed_config import (
 )
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
+from gptj.training.sections import Recomputation
 from gptj.training.settings import Settings
 from gptj.training.state import upload_state
 from gptj.training.tokenizer import prepare_tokenizer
@@ -226,7 +227,8 @@ def compare(
 def one_layer(check: Check) -> None:
     """Forward and backward of a 6B layer in bf16, as the difference of three layers and one."""
     rows, length = check.pick((4, 1024), (2, 16))
-    for recomputing in (False, True):
+    ways: tuple[Recomputation, ...] = (False, "selective", True)
+    for recomputing in ways:
         timings = {}
         for layers in (1, 3):
             config = check.config(layers)
@@ -250,12 +252,12 @@ def one_layer(check: Check) -> None:
 
 
 def _forward_and_backward(
-    check: Check, config: GPTJConfig, rows: int, length: int, recomputing: bool
+    check: Check, config: GPTJConfig, rows: int, length: int, recomputing: Recomputation
 ) -> float:
     """Milliseconds; and a line with the memory that it took, beside an estimate."""
     model = random_model(config, torch.bfloat16, check.device.kind).train()
     if recomputing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(selective=recomputing == "selective")
     ids = torch.randint(config.vocab_size, (rows, length), device=check.device.kind)
 
     def step() -> None:
@@ -267,8 +269,10 @@ def _forward_and_backward(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     values = rows * length * config.n_embd
     # Numbers of a layer that wait for the backward pass: input, norm, q, k, v, attended, and four
-    # times the width before and after the activation.
-    kept = config.n_layer * values * 2 * (1 if recomputing else 15) + (15 * 2 * values)
+    # times the width before and after the activation. Selectively, without the norm and what comes
+    # after rotation and activation, but with the projection of what was attended to.
+    kept_values = {False: 15, "selective": 10, True: 1}[recomputing]
+    kept = config.n_layer * values * 2 * kept_values + (15 * 2 * values)
     logits = rows * length * config.vocab_size * (2 + 4 + 4)
     check.add(
         "memory of training",

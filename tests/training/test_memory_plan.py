@@ -31,7 +31,7 @@ from gptj.training.memory import (
     plan_memory,
     words,
 )
-from gptj.training.sections import AdapterSettings
+from gptj.training.sections import AdapterSettings, Recomputation
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj_jobs import memory as job_memory
 from gptj_jobs.memory import (
@@ -63,10 +63,10 @@ def run_of(count: int = 1, **fields: Any) -> Settings:
     return Settings(**values)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, "selective", True])
 @pytest.mark.parametrize("adapter", [None, AdapterSettings()])
 def test_predicted_activations_equal_real_tensors(
-    adapter: AdapterSettings | None, recompute: bool
+    adapter: AdapterSettings | None, recompute: Recomputation
 ) -> None:
     """Counted on the meta device with two and three blocks, for a model of five."""
     config = GPTJConfig(vocab_size=900, n_embd=64, n_layer=5, n_head=4, rotary_dim=8)
@@ -74,7 +74,7 @@ def test_predicted_activations_equal_real_tensors(
     if adapter is not None:
         add_lora(model, adapter.lora())
     if recompute:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(selective=recompute == "selective")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(memory._drop)

@@ -305,9 +305,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "deepspeed": {"stage": 2},
         "model": {"config": {**MODEL, "tie_word_embeddings": True}},
     },
-    "tied-3": {
+    "tied-selective-3": {
         "deepspeed": {"stage": 3},
-        "model": {"config": {**MODEL, "tie_word_embeddings": True}},
+        "model": {
+            "config": {**MODEL, "tie_word_embeddings": True},
+            "gradient_checkpointing": "selective",
+        },
     },
     "offloading-2": {"deepspeed": {"stage": 2, "offload_optimizer": True}},
     "offloading-3": {

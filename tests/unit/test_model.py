@@ -19,6 +19,8 @@ from gptj import (
     GPTJForSequenceClassification,
     GPTJModel,
 )
+from gptj.pretrained import GPTJPreTrainedModel
+from gptj.training.live_bytes import LiveBytes
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 PAD = 0
@@ -335,34 +337,48 @@ def test_a_mask_of_four_dimensions_is_used_as_it_is(kind: str) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_gradient_checkpointing_does_not_change_results(head: str) -> None:
+def test_gradient_checkpointing_keeps_less_and_does_not_change_results(head: str) -> None:
+    """Computing again gives the very same numbers; keeping large operations' lies between."""
     ours, _ = pair(head, num_labels=2 if head == "question-answering" else 3)
     ids, mask = padded_batch("right")
     arguments = {"input_ids": ids, "attention_mask": mask, **labels_for(head, ids, mask)}
-
-    def gradients() -> list[Tensor]:
-        ours.zero_grad()
-        output = ours(**arguments)
-        (output.last_hidden_state.mean() if head == "base" else output.loss).backward()
-        return [p.grad.clone() for p in ours.parameters() if p.grad is not None]
-
-    plain = gradients()
+    plain, kept = _gradients(ours, arguments)
+    ours.gradient_checkpointing_enable(selective=True)
+    selective, kept_selectively = _gradients(ours, arguments)
     ours.gradient_checkpointing_enable()
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.append(t.numel()) or t, lambda t: t
-    ):
-        recomputed = gradients()
-    kept_while_recomputing = len(saved)
-    for mine, other in zip(recomputed, plain, strict=True):
-        torch.testing.assert_close(mine, other, **TOLERANCE)
+    recomputed, kept_for_all = _gradients(ours, arguments)
     ours.gradient_checkpointing_disable()
-    saved.clear()
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.append(t.numel()) or t, lambda t: t
-    ):
-        gradients()
-    assert kept_while_recomputing < len(saved)
+    again, kept_again = _gradients(ours, arguments)
+    for each in (selective, recomputed, again):
+        torch.testing.assert_close(each, plain, rtol=0, atol=0)
+    assert kept_for_all < kept_selectively < kept == kept_again
+
+
+@pytest.mark.parametrize("attention", [0.0, 0.3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_recomputed_drops_the_same(attention: float, packed: bool) -> None:
+    config = GPTJConfig(**CONFIGURATIONS[1], vocab_size=97, attn_pdrop=attention, resid_pdrop=0.2)
+    model = GPTJForCausalLM(config).train()
+    ids = torch.randint(0, config.vocab_size, (2, 24))
+    arguments = {"input_ids": ids, "labels": ids}
+    if packed:
+        arguments["cu_seqlens"] = torch.tensor([0, 7, 24, 48], dtype=torch.int32)
+    plain, _ = _gradients(model, arguments)
+    for selective in (True, False):
+        model.gradient_checkpointing_enable(selective=selective)
+        torch.testing.assert_close(_gradients(model, arguments)[0], plain, rtol=0, atol=0)
+
+
+def _gradients(model: GPTJPreTrainedModel, arguments: dict[str, Any]) -> tuple[list[Tensor], int]:
+    """With the same dropout each time, and the bytes that were kept for the backward pass."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    with LiveBytes() as live:
+        output = model(**arguments)
+        loss = output.loss if "labels" in arguments or "start_positions" in arguments else None
+        kept = live.now
+        (output.last_hidden_state.mean() if loss is None else loss).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None], kept
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

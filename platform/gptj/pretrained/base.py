@@ -36,7 +36,7 @@ class GPTJPreTrainedModel(nn.Module):
 
     config_class = GPTJConfig
     base_model_prefix = "transformer"
-    gradient_checkpointing = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     # Names of parameters that may be tied, and of those they are tied to.
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
 
@@ -442,9 +442,13 @@ class GPTJPreTrainedModel(nn.Module):
             return count
         return count + sum(layer.in_features * layer.out_features for layer in layers)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only each block's input for the backward pass and recompute the rest."""
-        self.base_model.gradient_checkpointing = True
+    def gradient_checkpointing_enable(self, *, selective: bool = False) -> None:
+        """Keep only each block's input for the backward pass and recompute the rest.
+
+        Args:
+            selective: keep the outputs of products and attention as well.
+        """
+        self.base_model.gradient_checkpointing = "selective" if selective else True
 
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.gradient_checkpointing = False

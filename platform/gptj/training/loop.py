@@ -341,8 +341,8 @@ class _Run:
             self._warn_of_sums(plan["gradient_accumulation_steps"])
         self._flops = StepFlops(model, config)
         self._peak = self._peak_of_all()
-        if settings.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+        if recomputed := settings.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable(selective=recomputed == "selective")
         groups = parameter_groups(model, settings.optimizer.weight_decay)
         engine, _, _, _ = deepspeed.initialize(
             model=model,

@@ -38,7 +38,7 @@ from gptj.pretrained import GPTJPreTrainedModel
 from gptj.training.deepspeed_config import BUCKET, sums_in_fp32
 from gptj.training.live_bytes import LiveBytes
 from gptj.training.optimizer import MOMENT_BYTES, STORED_MOMENT_BYTES
-from gptj.training.sections import AdapterSettings
+from gptj.training.sections import AdapterSettings, Recomputation
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.tasks import TASKS, TaskName
 
@@ -269,6 +269,8 @@ def _changes(settings: Settings, bf16: bool) -> Iterator[dict[str, Any]]:
         moments.append({"optimizer.moments": "8bit"})
     recomputes: list[dict[str, Any]] = [{}]
     if not settings.model.gradient_checkpointing:
+        recomputes.append({"model.gradient_checkpointing": "selective"})
+    if settings.model.gradient_checkpointing is not True:
         recomputes.append({"model.gradient_checkpointing": True})
     precisions: list[dict[str, Any]] = [{}]
     if bf16 and settings.deepspeed.precision == "fp32":  # GPUs are also faster in it
@@ -313,7 +315,7 @@ def _activations(
     config: str,
     adapter: AdapterSettings | None,
     precision: str,
-    recompute: bool,
+    recompute: Recomputation,
     rows: int,
     length: int,
 ) -> tuple[int, int]:
@@ -338,14 +340,14 @@ def _peak(
     config: GPTJConfig,
     adapter: AdapterSettings | None,
     precision: str,
-    recompute: bool,
+    recompute: Recomputation,
     rows: int,
     length: int,
 ) -> tuple[int, int]:
     """Peak bytes of a model on the meta device: without its head, and with it."""
     model = _meta_model(task, config, adapter).to(DTYPES[precision]).train()
     if recompute:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(selective=recompute == "selective")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)

@@ -24,6 +24,7 @@ from gptj.config import ALIASES, PRESETS, GPTJConfig
 from gptj.data.packing import Packing
 from gptj.storage.addresses import normalized
 
+Recomputation = bool | Literal["selective"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Positive = Annotated[int, Field(ge=1)]
 # Must not be empty if set: `data.train=$FORGOTTEN` is a mistake, not a request for the default.
@@ -111,7 +112,8 @@ class ModelSettings(Section):
     revision: str = ""  # of a hub id
     preset: Literal["tiny", "small", "6b"] = "tiny"  # for a new model
     config: dict[str, Any] = {}  # fields of GPTJConfig to replace
-    gradient_checkpointing: bool = False  # less memory, a third more time
+    # Compute activations again in the backward pass: all (true), or what is cheap (selective).
+    gradient_checkpointing: Recomputation = False
 
     @field_validator("config")
     @classmethod

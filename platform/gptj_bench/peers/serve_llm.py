@@ -13,7 +13,7 @@ import threading
 os.environ["HF_HUB_OFFLINE"] = "1"
 import ray
 from ray import serve
-from ray.serve.llm import LLMConfig, build_openai_app
+from ray.serve.llm import build_openai_app
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)
@@ -28,12 +28,12 @@ cpus = os.cpu_count() or 1
 # The replica itself asks for a core beside those of its engine.
 ray.init(num_cpus=cpus + 1, include_dashboard=False)
 serve.start(http_options={"host": "127.0.0.1", "port": given.port})
-model = LLMConfig(
-    model_loading_config={"model_id": given.name, "model_source": given.model},
-    accelerator_config={"kind": "cpu"},
-    placement_group_config={"bundles": [{"CPU": cpus}]},
-    deployment_config={"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}},
-    engine_kwargs={"dtype": "bfloat16", "max_model_len": given.max_model_len},
-)
+model = {
+    "model_loading_config": {"model_id": given.name, "model_source": given.model},
+    "accelerator_config": {"kind": "cpu"},
+    "placement_group_config": {"bundles": [{"CPU": cpus}]},
+    "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}},
+    "engine_kwargs": {"dtype": "bfloat16", "max_model_len": given.max_model_len},
+}
 serve.run(build_openai_app({"llm_configs": [model]}))
 ended.wait()
