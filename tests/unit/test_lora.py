@@ -67,6 +67,19 @@ def read(address: Path) -> StoredAdapter:
         return read_adapter(folder)
 
 
+def test_a_base_at_another_commit_without_a_digest_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A commit may have changed nothing of the model: it is no error."""
+    trained_on = Base("someone/model", "main", commit="a" * 40)
+    trained_on.check("adapter", Base("someone/model", commit="a" * 40))
+    trained_on.check("adapter", Base("folder"))
+    assert not caplog.messages
+    trained_on.check("adapter", Base("someone/model", commit="b" * 40))
+    (message,) = caplog.messages
+    assert "a" * 40 in message and "b" * 40 in message
+
+
 def check_complete(address: Path) -> None:
     with ModelFolder.open(address) as folder:
         folder.check_complete()
