@@ -68,7 +68,8 @@ def prepare_run_data(
     """Prepare the run's raw data in its folder, unless already done.
 
     Args:
-        checkpoint: the checkpoint to resume from, if any; its data must be the same.
+        checkpoint: the checkpoint to resume from, if any; its data must be the same. Of a data set
+            on the hub, that is what the run has prepared, wherever its branch is now.
         prepare: prepares a plan's data in a folder, resuming if interrupted.
 
     Returns:
@@ -85,7 +86,10 @@ def prepare_run_data(
             found[name] = address
             continue
         folder = found[name] = storage.join(settings.folder, "data", name)
-        plan, done = raw_plan(settings, name, tokenizer), _finished(folder)
+        done = _finished(folder)
+        if checkpoint is not None and done is not None and done.commit is not None:
+            continue  # of that commit, which the hub need not have any more
+        plan = raw_plan(settings, name, tokenizer)
         if done is not None and is_current(plan, done.index):
             continue
         if done is not None and checkpoint is not None:
