@@ -211,7 +211,7 @@ def make_data(
     if stride is None:
         stride = training.get("stride", min(DEFAULT_STRIDE, length // 4))
     labels = task.labels_of(config, record)
-    written = settings.label_names or training.get("label_names")
+    written: list[str] | dict[str, str] = settings.label_names or training.get("label_names") or []
     if labels is not None and isinstance(written, dict) and not _names_new(labels, written):
         labels = labels.translated(written)  # perhaps of a part of the labels
     elif labels is not None and (settings.label_names or isinstance(written, dict)):
