@@ -29,10 +29,10 @@ from gptj.data.preparing import (
     is_current,
     part_rows,
     prepare,
-    unfinished,
 )
 from gptj.data.rows import DataError, Row, refuse_row
 from gptj.data.split import Split
+from gptj.data.unfinished import begun_plan
 from gptj.errors import CheckpointError
 from gptj.storage.file_lock import FileLock
 from gptj.tokenizer import GPTJTokenizer
@@ -98,7 +98,7 @@ def prepare_run_data(
                 f"{folder} was not made from data.{name}={address}. Restore the original data, or "
                 f"choose another run="
             )
-        begun = unfinished(folder)
+        begun = begun_plan(folder)
         if done is not None or begun is None or differences(begun, plan):
             storage.delete_folder(folder)
         prepare(plan, folder, tokenizer)
