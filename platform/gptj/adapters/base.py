@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
@@ -76,7 +77,12 @@ class Base:
 
     @property
     def pin(self) -> str | None:
-        """The revision to read: the commit, if it is known, since a branch may have moved."""
+        """The revision to read: the commit, if it is known, since a branch may have moved.
+
+        None if a folder of the hub id's name now stands for it.
+        """
+        if self.commit is not None and Path(self.address).is_dir():
+            return None
         return self.commit or self.revision
 
     def open(

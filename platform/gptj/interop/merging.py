@@ -94,7 +94,7 @@ def merge_adapter(
 
 def _check_base(adapter: StoredAdapter, base: Base) -> None:
     if adapter.known_base is not None:  # PEFT's need not name one
-        found = Base.at(base.address, base.revision, base.commit)
+        found = Base.at(base.address, base.pin)
         adapter.known_base.check(adapter.address, found)
 
 
