@@ -211,17 +211,22 @@ def make_data(
     if stride is None:
         stride = training.get("stride", min(DEFAULT_STRIDE, length // 4))
     labels = task.labels_of(config, record)
-    written = settings.label_names or training.get("label_names")
-    if labels is not None and isinstance(written, dict):
-        labels = labels.translated(written)
-    elif labels is not None and settings.label_names:
-        names = DataSettings(label_names=settings.label_names)
+    written: list[str] | dict[str, str] = settings.label_names or training.get("label_names") or []
+    if labels is not None and isinstance(written, dict) and not _names_new(labels, written):
+        labels = labels.translated(written)  # perhaps of a part of the labels
+    elif labels is not None and (settings.label_names or isinstance(written, dict)):
+        names = DataSettings(label_names=written)
         labels = task.known_labels(config, settings.checkpoint, names, record)
     packing = settings.packing or training.get("packing", "concatenate")
     options = DataSettings(sequence_length=length, stride=stride, packing=packing)
     data = read(settings, settings.data, task, tokenizer, options, labels, settings.limit)
     logger.info("%s", data.summary())
     return data
+
+
+def _names_new(labels: LabelSet, written: dict[str, str]) -> bool:
+    """Whether a mapping gives names to a model that has none."""
+    return labels.is_nameless and not set(written.values()) <= set(labels.names)
 
 
 def read(

@@ -274,16 +274,17 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, Inp
         the model's configuration, the tokens of the longest training example, and what the workers
         need to read the same.
     """
-    commit = None
+    commit, commits = None, {}
     check_packages(settings)
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
         progress = check_resumable(settings, checkpoint)
-        commit = (progress.start or {}).get("commit")
+        commit, commits = (progress.start or {}).get("commit"), progress.commits
     elif settings.model.checkpoint:
         commit = Base.at(settings.model.checkpoint, settings.model.revision or None).commit
-    settings = settings.pinned(commit)  # its branch may move while the data is prepared
+    # Branches may have moved since the run began, or move while the data is prepared.
+    settings = settings.pinned(commit, commits)
     logger.info("reading the data")
     tokenizer = prepare_tokenizer(settings)
     prepared = prepare_run_data(settings, tokenizer, checkpoint, partial(_prepare, settings))

@@ -6,7 +6,9 @@
 BASE is a model: a folder, local or `s3://…`, or an id on the Hugging Face hub. ADAPTER is the
 output of `jobs/finetune.py` with `adapter=…`, or one of PEFT's adapters. DESTINATION is a new
 folder, local or `s3://…`; it is printed when it is complete. An adapter trained on another model is
-refused. Memory holds a few tensors, never the model. Progress goes to standard error.
+refused. A base on the hub is read at the commit that the adapter was trained on, if it records one,
+unless a revision is given. Memory holds a few tensors, never the model. Progress goes to standard
+error.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     for name in ("base", "adapter", "destination"):
         parser.add_argument(name, type=command_line.address)
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the base's")
-    parser.add_argument("--revision", help="branch, tag or commit of a base on the hub")
+    parser.add_argument(
+        "--revision",
+        help="branch, tag or commit of a base on the hub; default: the commit of the training",
+    )
     parser.add_argument(
         "--shard-bytes",
         type=command_line.positive,

@@ -29,7 +29,8 @@ from gptj.serialization.json_object import to_json
 from gptj.storage.local import make_folder
 from gptj.training.dataset import node_data
 from gptj.training.loop import Worker, train
-from gptj.training.memory import as_long_as, known_config, plan_memory
+from gptj.training.memory import as_long_as, known_config
+from gptj.training.memory_plan import plan_memory
 from gptj.training.settings import Settings
 from gptj.training.tasks import TASKS
 from gptj.training.tokenizer import prepare_tokenizer

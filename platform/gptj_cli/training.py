@@ -17,14 +17,14 @@ import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from gptj import storage
-from gptj.data.labels import REGRESSION, LabelNames
+from gptj.data.labels import LabelSet
 from gptj.data.questions import read_answers
 from gptj.data.rows import DataError, MissingColumnError, refuse_row
 from gptj.data.shards import check_labelled
 from gptj.data.sources import find_columns, listed, read_rows
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import absolute
-from gptj.training.dataset import checkpoint_labels
+from gptj.training.dataset import allowed_labels, checkpoint_labels
 from gptj.training.settings import Settings, read_data_options, read_settings
 from gptj.training.tasks import TASKS, TaskName
 from gptj_cli.cluster import is_here
@@ -174,34 +174,26 @@ def check_first_rows(address: str, settings: Settings) -> None:
     data, kinds = settings.data, settings.task_definition.row_kinds
     if data.bad_rows == "skip" or settings.task == "causal-lm":
         return
-    names, problem_type = _labels(settings) if settings.task == "classification" else (None, None)
+    is_classifier = settings.task == "classification"
+    trained = _trained_labels(settings) if is_classifier else None
+    names, problem_type = allowed_labels(settings, trained)
     columns = find_columns(address, kinds, data.columns, delimiter=data.delimiter)
     rows = read_rows(address, columns, data.columns, delimiter=data.delimiter)
     for row in islice(rows, FIRST_ROWS):
-        if settings.task == "classification":
+        if is_classifier:
             check_labelled(row, names, problem_type)
         else:
             read_answers(row)
 
 
-def _labels(settings: Settings) -> tuple[LabelNames | None, str | None]:
-    """The allowed label names, or None if any are or labels are values to predict; and their type.
-
-    The type is one of gptj.config.PROBLEM_TYPES, or None if it is not yet known.
-    """
-    checkpoint, trained = settings.model.checkpoint, None
+def _trained_labels(settings: Settings) -> LabelSet | None:
+    """As checkpoint_labels, as far as this machine can read the checkpoint."""
+    checkpoint = settings.model.checkpoint
     # A hub id is left to the cluster.
     if checkpoint and (storage.is_s3(checkpoint) or Path(checkpoint).is_dir()):
         with suppress(storage.AccessDeniedError, storage.UnreachableError):  # from here
-            trained = checkpoint_labels(settings)
-    if trained is not None:
-        return (
-            None if trained.problem_type == REGRESSION else trained.expected,
-            trained.problem_type,
-        )
-    problem_type = settings.data.problem_type
-    names = None if problem_type == REGRESSION else settings.data.label_names or None
-    return names, problem_type
+            return checkpoint_labels(settings)
+    return None
 
 
 def run_of(address: str) -> str:

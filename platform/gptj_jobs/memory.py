@@ -16,13 +16,12 @@ from gptj.environment.devices import cpu_computes_bf16
 from gptj.environment.host_memory import total_bytes
 from gptj.training.memory import (
     as_long_as,
-    certain_bytes,
     changed,
     fits,
     fitting,
-    plan_memory,
     words,
 )
+from gptj.training.memory_plan import certain_bytes, plan_memory
 from gptj.training.settings import Settings, SettingsError
 
 logger = logging.getLogger("finetune")

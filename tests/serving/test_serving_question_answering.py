@@ -12,7 +12,8 @@ from huggingface_hub import InferenceClient
 from serving_client import assert_alike
 from serving_models import SENTENCES, Models
 
-from gptj.data.question_answering import best_spans, windows
+from gptj.data.spans import best_spans
+from gptj.data.windows import windows
 from gptj.data.words import Words
 
 pytest_plugins = ["serving_fixtures"]

@@ -18,7 +18,7 @@ from serving_models import TEMPLATE, Models, make_models, served_in_process
 from torch import Tensor, nn
 
 from gptj import GPTJTokenizer
-from gptj.data.question_answering import windows
+from gptj.data.windows import windows
 
 FOLDER = Path(__file__).resolve().parents[2] / ".github" / "pictures"
 VIEW = {"width": 860, "height": 600}  # and as high as a page is

@@ -597,6 +597,7 @@ def test_a_name_for_a_value_to_predict_is_none_of_the_values(
     assert (found.labels.names, found.targets.tolist()) == (("score",), [0.5, 1.5])
 
 
+NUMBERED = ("LABEL_0", "LABEL_1", "LABEL_2")
 NUMBERS_AND_NAMES = {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
 
 
@@ -608,6 +609,8 @@ NUMBERS_AND_NAMES = {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
         (None, {"LABEL_1": "b", "LABEL_2": "c", "LABEL_0": "a"}, ("a", "b", "c")),
         (None, {"1": "a", "2": "b", "3": "c"}, ("a", "b", "c")),  # counted from 1
         (None, {"x": "a", "y": "b", "z": "c"}, ("a", "b", "c")),
+        (None, {"x": "LABEL_2", "y": "LABEL_1", "z": "LABEL_0"}, NUMBERED),
+        ({"1": 0, "2": 1, "3": 2}, {"3": "LABEL_2", "2": "LABEL_1", "1": "LABEL_0"}, NUMBERED),
         ({"1": 0, "2": 1, "3": 2}, {"3": "c", "2": "b", "1": "a"}, ("a", "b", "c")),
         ({"1": 0, "2": 1, "3": 2}, {"1": "a", "2": "b", "3": "c"}, ("a", "b", "c")),
         ({"1": 0, "2": 1, "3": 2}, {"x": "a", "y": "b", "z": "c"}, ("a", "b", "c")),
@@ -633,9 +636,6 @@ def test_a_mapping_names_the_outputs_that_its_keys_stand_for(
         return
     found = task.known_labels(config, "m", options, record)
     assert found is not None and found.names == names
-
-
-NUMBERED = ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
 @pytest.mark.parametrize("form", [rows, cells])

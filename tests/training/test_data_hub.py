@@ -13,10 +13,11 @@ from test_hub import BRANCHES, GATED, MAIN, OLD, REPOSITORY, Client, Hub, servin
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.data.hub import check_one_split
 from gptj.data.rows import DataError
-from gptj.storage.addresses import AddressError, normalized, split_hub_data
+from gptj.storage.addresses import AddressError, at_commit, normalized, split_hub_data
 from gptj.tokenizer import GPTJTokenizer
 from gptj_local.processes import free_ports
 
+NEW = "c" * 40
 DATA = f"hf://datasets/{REPOSITORY}"
 
 
@@ -101,7 +102,7 @@ except Exception as error:
 def test_a_runs_record_names_the_commits_that_it_read_and_it_resumes_from_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Branches move: here the model's, and it has other weights, before the run resumes."""
+    """Branches move before the run resumes: the model's, with other weights, and the data's."""
     config = GPTJConfig(vocab_size=280, n_positions=16, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
     tokenizer = GPTJTokenizer.train(["a text to learn from"], 280)
     versions = {}
@@ -154,15 +155,60 @@ loop.train(settings, loop.Worker(0, 1, torch.device("cpu"), report, commit=commi
         base = json.loads((tmp_path / "run/model/base.json").read_text())
         assert base["commit"] == OLD
         monkeypatch.setitem(BRANCHES, "old", MAIN)
+        monkeypatch.setitem(BRANCHES, "main", NEW)
+        monkeypatch.setitem(BRANCHES, NEW, NEW)
+        versions[NEW] = {**versions[MAIN], "rows.jsonl": lines("other", "rows")}
         extended = train(2)
         assert extended["steps"] == 2
         assert extended["checkpoint"] == trained["checkpoint"]
+        assert extended["data"] == trained["data"]
         monkeypatch.setenv("RUN", "checked-before")
         monkeypatch.setenv("COMMIT", OLD)
         assert train(1)["checkpoint"] == trained["checkpoint"]
 
 
+@pytest.mark.slow
+def test_a_run_resumes_with_what_it_prepared_wherever_its_datas_branch_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the hub too; and what it had prepared is made again from the same commit."""
+    versions = {OLD: {"rows.jsonl": lines("a text", "to learn", "from")}}
+    program = f"""
+import os, shutil
+from gptj.data.prepared import Prepared
+from gptj.data.preparing import prepare
+from gptj.tokenizer import GPTJTokenizer
+from gptj.training.dataset import prepare_run_data
+from gptj.training.settings import Settings
+data = dict(train={DATA!r}, sequence_length=16, evaluation_split=0.5)
+settings = Settings(storage={str(tmp_path)!r}, data=data)
+tokenizer = GPTJTokenizer.train(["a text to learn from"], 280)
+checkpoint = os.environ["CHECKPOINT"] or None
+commits = dict.fromkeys(("train", "evaluation"), {OLD!r}) if checkpoint else dict()
+if "DELETE" in os.environ:
+    shutil.rmtree(os.path.join(settings.folder, "data"))
+found = prepare_run_data(settings.pinned(None, commits), tokenizer, checkpoint, prepare)
+for address in found.values():
+    print(Prepared.at(address).commit, Prepared.at(address).digest)
+"""
+    monkeypatch.setenv("CHECKPOINT", "")
+    monkeypatch.setitem(BRANCHES, "main", OLD)
+    with serving(Hub(versions)) as hub:
+        client = Client(tmp_path / "cache")
+        before = client.run(hub.endpoint, program)
+        assert [line.split()[0] for line in before] == [OLD, OLD]
+        monkeypatch.setenv("CHECKPOINT", "checkpoint-1")
+        versions[MAIN] = {"rows.jsonl": lines("other", "rows")}
+        monkeypatch.setitem(BRANCHES, "main", MAIN)
+        assert client.run(hub.endpoint, program) == before
+        assert client.run(hub.endpoint, program, offline=True) == before
+        monkeypatch.setenv("DELETE", "1")
+        assert client.run(hub.endpoint, program) == before
+
+
 def test_addresses_of_the_hub() -> None:
+    assert at_commit(f"{DATA}@main/data/*.csv", OLD) == f"{DATA}@{OLD}/data/*.csv"
+    assert at_commit(DATA, OLD) == f"{DATA}@{OLD}"
     assert normalized(f"{DATA}@main/data/", samples=True) == f"{DATA}@main/data"
     assert split_hub_data("hf://datasets/a/b@v1/c/d*.csv") == ("a/b", "v1", "c/d*.csv")
     with pytest.raises(AddressError, match="which can only be read as data"):

@@ -16,13 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptj import GPTJConfig, GPTJForQuestionAnswering, GPTJTokenizer
-from gptj.data.question_answering import (
-    QuestionAnsweringData,
-    Window,
-    best_spans,
-    windows,
-)
+from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.sources import DataError, Row, read_rows
+from gptj.data.spans import best_spans
+from gptj.data.windows import Window, windows
 from gptj.data.words import Words
 from gptj.serving.batched_rows import Batching
 from gptj.serving.question_answering import QuestionAnsweringRequest, QuestionAnsweringService

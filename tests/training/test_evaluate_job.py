@@ -383,6 +383,37 @@ def test_a_part_of_the_labels_is_evaluated_as_training_read_them(
             measure(read_settings([folders[0], ones, f"label_names={wrong}"]))
 
 
+def test_labels_of_a_model_without_names_are_named_by_a_list_or_a_mapping(
+    tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    rows = [{"text": TEXTS[n % 2], "label": n % 2} for n in range(6)]
+    numbers = written(tmp_path / "numbers.jsonl", rows)
+    words = [{**row, "label": ["neg", "pos"][row["label"]]} for row in rows]
+    named = written(tmp_path / "named.jsonl", words)
+    model = saved(GPTJForSequenceClassification, tokenizer, tmp_path / "m")
+
+    def loss(data: str, names: str) -> float:
+        return float(measure(read_settings([model, data, f"label_names={names}"]))["loss"])
+
+    expected = loss(numbers, "[neg, pos]")
+    for data, names in (
+        (named, "[neg, pos]"),
+        (numbers, "{0: neg, 1: pos}"),
+        (numbers, "{1: pos, 0: neg}"),
+        (named, "{0: neg, 1: pos}"),
+        (named, "{neg: LABEL_0, pos: LABEL_1}"),
+        (named, "{pos: LABEL_1, neg: LABEL_0}"),
+        (numbers, "{1: LABEL_1, 0: LABEL_0}"),
+    ):
+        assert loss(data, names) == expected, names
+    assert loss(named, "{pos: LABEL_0, neg: LABEL_1}") != expected
+    part = written(tmp_path / "part.jsonl", words[:1])
+    assert loss(part, "{neg: LABEL_0}") == loss(part, "[neg, pos]")
+    for wrong, message in (("{0: a, 1: b, 2: c}", "has 3"), ("{0: a}", "has 1")):
+        with pytest.raises(ValueError, match=message):
+            loss(numbers, wrong)
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "csv.gz"])
 def test_a_classifier_with_numeric_names_is_evaluated_by_name(
     ending: str, tokenizer: GPTJTokenizer, tmp_path: Path

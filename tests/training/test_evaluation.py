@@ -24,8 +24,9 @@ from gptj import (
 )
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.classification import ClassificationData
-from gptj.data.question_answering import QuestionAnsweringData, best_spans
+from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.sources import Row, read_rows
+from gptj.data.spans import best_spans
 from gptj.data.words import Words
 from gptj.training.evaluation import collect, evaluate, metrics
 from gptj.training.tasks import TASKS, AnyTask, Part, question_answering

@@ -19,18 +19,17 @@ import torch
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.adapters.lora import add_lora
 from gptj.storage.lease import take_over
-from gptj.training import memory
+from gptj.training import memory, memory_plan
 from gptj.training.live_bytes import LiveBytes
 from gptj.training.memory import (
     as_long_as,
-    certain_bytes,
     changed,
     fits,
     fitting,
     main,
-    plan_memory,
     words,
 )
+from gptj.training.memory_plan import certain_bytes, plan_memory
 from gptj.training.sections import AdapterSettings, Recomputation
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj_jobs import memory as job_memory
@@ -77,11 +76,11 @@ def test_predicted_activations_equal_real_tensors(
         model.gradient_checkpointing_enable(selective=recompute == "selective")
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(memory._drop)
+            parameter.register_post_accumulate_grad_hook(memory_plan._drop)
     ids = torch.zeros(3, 96, dtype=torch.long)
     with LiveBytes() as real:
         model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
-    body, head = memory._activations(
+    body, head = memory_plan._activations(
         "causal-lm", config.to_json(), adapter, "fp32", recompute, 3, 96
     )
     assert body + head == pytest.approx(real.peak, rel=0.02)
@@ -123,7 +122,7 @@ def test_workers_that_share_nothing_copy_their_gradients_to_add_them_up() -> Non
         for count in (1, 2)
     )
     assert "update" not in alone
-    assert two["update"] == 4 * memory.REDUCED
+    assert two["update"] == 4 * memory_plan.REDUCED
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from task_data import packed
 
-from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.checkpoints.manifest import verify
 from gptj.data import preparing, shards
 from gptj.data.causal_lm import CausalLMData
@@ -61,6 +61,23 @@ def prepare(
     found = [chunk for part in range(len(plan.parts)) for chunk in chunks(plan, part)]
     found = found[::-1] if last_first else found
     return finish(plan, folder, [write_shard(plan, folder, c, tokenizer) for c in found], tokenizer)
+
+
+def test_of_two_that_begin_a_folder_at_once_one_is_refused(
+    tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other writes its plan just after this one."""
+    plan, write = plan_of(raw(tmp_path), tokenizer), storage.write_bytes
+    other = replace(plan, chunk_characters=2 * SMALL)
+
+    def both(address: str, content: bytes) -> None:
+        write(address, content)
+        write(address, other.to_json().encode())
+
+    monkeypatch.setattr(storage, "write_bytes", both)
+    with pytest.raises(DataError, match="was started with different chunk_characters"):
+        begin(plan, str(tmp_path / "out"))
+    assert begin(other, str(tmp_path / "out")) is None
 
 
 def contents(folder: str) -> dict[str, bytes]:

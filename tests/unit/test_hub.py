@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 
-from gptj import GPTJConfig, GPTJForCausalLM
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification
+from gptj.adapters.base import Base
+from gptj.adapters.config import LoRAConfig
+from gptj.adapters.lora import add_lora
 from gptj.checkpoints.hub import locate, upload
 from gptj.tokenizer import GPTJTokenizer
 from gptj_local.processes import free_ports
@@ -315,6 +319,76 @@ print(GPTJConfig.from_pretrained({REPOSITORY!r}, revision="old").n_embd)
 """
     with serving(Hub({MAIN: new, OLD: old})) as hub:
         assert client.run(hub.endpoint, program) == ["0.0", "7.0 torch.float16", "8"]
+
+
+@pytest.mark.slow
+def test_an_adapter_is_used_with_the_commit_of_the_base_that_it_was_trained_on(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its base's branch has moved since, to other weights and another tokenizer."""
+    versions = {}
+    for commit, size in SIZES.items():
+        torch.manual_seed(size)
+        fields = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "rotary_dim": 2}
+        model = GPTJForSequenceClassification(GPTJConfig(vocab_size=300, num_labels=2, **fields))
+        tokenizer = GPTJTokenizer.train(TEXTS, size)
+        model.save_pretrained(tmp_path / commit, tokenizer=tokenizer)
+        versions[commit] = {path.name: path.read_bytes() for path in (tmp_path / commit).iterdir()}
+        versions[commit].pop("manifest.json")  # as on the hub, usually: no digest reveals a change
+    model = GPTJForSequenceClassification.from_pretrained(tmp_path / OLD)
+    add_lora(model, LoRAConfig(rank=2))
+    base = Base(REPOSITORY, "main", commit=OLD)
+    model.save_adapter(tmp_path / "adapter", base=base)
+    shutil.copytree(tmp_path / "adapter", tmp_path / "peft")
+    for name in ("base.json", "manifest.json", "config.json"):
+        (tmp_path / "peft" / name).unlink()
+    program = f"""
+import torch
+from gptj import GPTJConfig, GPTJForSequenceClassification, GPTJTokenizer
+from gptj.adapters.base import check_base
+from gptj.checkpoints.folder import ModelFolder
+from gptj.interop.merging import merge_adapter
+from jobs import evaluate
+
+def same(address, expected, **options):
+    found = GPTJForSequenceClassification.from_pretrained(address, **options).transformer.wte.weight
+    wanted = GPTJForSequenceClassification.from_pretrained(expected).transformer.wte.weight
+    return torch.equal(found, wanted)
+
+old, new = {str(tmp_path / OLD)!r}, {str(tmp_path / MAIN)!r}
+for adapter in ({str(tmp_path / "adapter")!r}, {str(tmp_path / "peft")!r}):
+    print(len(GPTJTokenizer.from_pretrained(adapter)), GPTJConfig.from_pretrained(adapter).n_embd)
+    with ModelFolder.open(adapter) as folder:
+        check_base(folder)
+    print(same(adapter, old), same(adapter, old, base={REPOSITORY!r}), same(adapter, new, base=new))
+    for name, options in (("own", dict()), ("named", dict(revision="main"))):
+        merge_adapter({REPOSITORY!r}, adapter, adapter + name, **options)
+    print(same(adapter + "own", old), same(adapter + "named", new))
+    words = ["sample://reviews/evaluation", "limit=4", "label_names=[negative, positive]"]
+    measured = [evaluate.measure(evaluate.read_settings([each, *words])) for each in (adapter, old)]
+    print(measured[0]["loss"] == measured[1]["loss"])
+"""
+    with serving(Hub(versions)) as hub:
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        printed = client.run(hub.endpoint, program)
+        assert printed == [f"{SIZES[OLD]} 8", "True True True", "True True", "True"] * 2
+        # The commit is gone, and in no cache.
+        del versions[OLD]
+        monkeypatch.delitem(BRANCHES, OLD)
+        adapter = str(tmp_path / "adapter")
+        program = f"""
+from gptj import GPTJForSequenceClassification, GPTJTokenizer
+from gptj.interop.merging import merge_adapter
+for read in (GPTJForSequenceClassification.from_pretrained, GPTJTokenizer.from_pretrained,
+             lambda adapter: merge_adapter({REPOSITORY!r}, adapter, adapter + "-none")):
+    try:
+        read({adapter!r})
+    except FileNotFoundError as error:
+        print(error)
+"""
+        for message in Client(tmp_path / "empty").run(hub.endpoint, program):
+            assert f"{adapter} was trained on {REPOSITORY} at {OLD}" in message
+            assert "jobs/merge_adapter.py" in message
 
 
 @pytest.mark.slow

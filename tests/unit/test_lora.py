@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ CLASSES = pytest.mark.parametrize("cls", HEADS, ids=lambda cls: cls.__name__)
 def read(address: Path) -> StoredAdapter:
     with ModelFolder.open(address, weights=True) as folder:
         return read_adapter(folder)
+
+
+def test_a_base_at_another_commit_without_a_digest_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A commit may have changed nothing of the model: it is no error."""
+    trained_on = Base("someone/model", "main", commit="a" * 40)
+    trained_on.check("adapter", Base("someone/model", commit="a" * 40))
+    trained_on.check("adapter", Base("folder"))
+    assert not caplog.messages
+    trained_on.check("adapter", Base("someone/model", commit="b" * 40))
+    (message,) = caplog.messages
+    assert "a" * 40 in message and "b" * 40 in message
 
 
 def check_complete(address: Path) -> None:
@@ -150,6 +164,20 @@ def test_peft_loads_ours_and_computes_the_same(
     close(outputs(theirs(cls, base, tmp_path / "adapter", **fields)), expected)
     close(outputs(cls.from_pretrained(tmp_path / "adapter")), expected)
     verify(str(tmp_path / "adapter"))
+
+
+def test_a_folder_with_a_hub_bases_name_stands_for_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a copy beside a program without access to the hub: it has no commits to choose from."""
+    shutil.copytree(base, tmp_path / "someone/model")
+    monkeypatch.chdir(tmp_path)
+    on_hub = replace(Base.at("someone/model"), revision="main", commit="a" * 40)
+    model = adapted(GPTJForCausalLM, base)
+    model.save_adapter("adapter", base=on_hub)
+    again = GPTJForCausalLM.from_pretrained("adapter")
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+    merge_adapter("someone/model", "adapter", "merged")
 
 
 @CLASSES

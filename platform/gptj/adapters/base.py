@@ -6,12 +6,14 @@ Our adapter folders record it in `base.json`; PEFT's configuration names an addr
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
 from gptj import storage
-from gptj.checkpoints.folder import ADAPTER_CONFIG, BASE, ModelFolder
+from gptj.checkpoints.folder import ADAPTER_CONFIG, BASE, SMALL_FILES, ModelFolder
 from gptj.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -49,16 +51,69 @@ class Base:
         address = storage.join(folder.address, name)
         fields = folder.read_object(name)
         key = "address" if name == BASE else "base_model_name_or_path"
-        base, revision, digest = (fields.get(each) for each in (key, "revision", "digest"))
+        base, revision = fields.get(key), fields.get("revision")
+        digest, commit = fields.get("digest"), fields.get("commit")
         if not isinstance(base, str) or not base:
             raise CheckpointError(
                 f"{address} does not name the adapter's base model ({key} is {shown(base)}); "
                 f"remedy: give its address: jobs/merge_adapter.py BASE {folder.address} …"
             )
-        for value in (revision, digest):
+        for value in (revision, digest, commit):
             if value is not None and not isinstance(value, str):
                 raise CheckpointError(f"{address} is damaged: {shown(value)} is not a string")
-        return cls(base, revision or None, digest if name == BASE else None)
+        if name != BASE:  # digest and commit are not PEFT's
+            return cls(base, revision or None)
+        return cls(base, revision or None, digest, commit or None)
+
+    @classmethod
+    def named(cls, recorded: Base | None, address: str, revision: str | None = None) -> Base:
+        """The base that a user names for an adapter.
+
+        The recorded one, with its commit, if the address is the same and no revision is given.
+        """
+        if recorded is not None and revision is None and recorded.address == address:
+            return recorded
+        return cls(address, revision)
+
+    @property
+    def pin(self) -> str | None:
+        """The revision to read: the commit, if it is known, since a branch may have moved.
+
+        None if a folder of the hub id's name now stands for it.
+        """
+        if self.commit is not None and Path(self.address).is_dir():
+            return None
+        return self.commit or self.revision
+
+    def open(
+        self,
+        adapter: str,
+        *,
+        weights: bool = False,
+        files: Sequence[str] = SMALL_FILES,
+        verify: bool = True,
+    ) -> ModelFolder:
+        """Open the base of an adapter; see ModelFolder.open.
+
+        FileNotFoundError, naming the adapter and the remedy, if it cannot be had.
+        """
+        try:
+            return ModelFolder.open(
+                self.address, revision=self.pin, weights=weights, files=files, verify=verify
+            )
+        except FileNotFoundError as error:
+            raise self.missing(adapter, error) from error
+
+    def missing(self, adapter: str, error: FileNotFoundError) -> FileNotFoundError:
+        """The error for an adapter whose base cannot be read, and why."""
+        reason = f"the base model of the adapter {adapter} is missing: {error}"
+        if self.commit is None:
+            return FileNotFoundError(reason)
+        return FileNotFoundError(
+            f"{reason}; {adapter} was trained on {self.address} at {self.commit}; remedy: make "
+            f"that commit available, or merge the adapter into a base that you choose: "
+            f"jobs/merge_adapter.py {self.address} {adapter} … --revision {self.revision or 'main'}"
+        )
 
     @staticmethod
     def named_in(folder: ModelFolder) -> bool:
@@ -84,6 +139,19 @@ class Base:
                 f"{adapter} was not trained on {found.address}, but on {self.address} with the "
                 f"manifest digest {self.digest}; this one's is {found.digest}"
             )
+        elif (
+            self.digest is None
+            and None not in (self.commit, found.commit)
+            and (self.address, self.commit) != (found.address, found.commit)
+        ):
+            logger.warning(
+                "%s was trained on %s at %s, not on %s at %s; only shapes can tell whether it fits",
+                adapter,
+                self.address,
+                self.commit,
+                found.address,
+                found.commit,
+            )
 
 
 def digest_of(folder: ModelFolder) -> str | None:
@@ -92,8 +160,7 @@ def digest_of(folder: ModelFolder) -> str | None:
 
 def check_base(folder: ModelFolder) -> None:
     """Check that the base of an adapter is complete; see ModelFolder.check_complete."""
-    base = Base.of(folder)
-    with ModelFolder.open(base.address, revision=base.revision) as found:
+    with Base.of(folder).open(folder.address) as found:
         found.check_complete()
 
 

@@ -120,8 +120,7 @@ def read_adapted_config(folder: ModelFolder, base: ModelFolder | None = None) ->
         return folder.read_config()
     if base is not None:
         return read_adapter(folder).adapted_fields(base.read_config())
-    named = Base.of(folder)
-    with ModelFolder.open(named.address, revision=named.revision, files=[CONFIG]) as found:
+    with Base.of(folder).open(folder.address, files=[CONFIG]) as found:
         return read_adapter(folder).adapted_fields(found.read_config())
 
 

@@ -19,14 +19,22 @@ from gptj import storage
 from gptj.checkpoints.manifest import FileRecord, Manifest
 from gptj.data.rows import DataError, NoRowsError, Row
 from gptj.data.sources import data_files, in_parts, read_rows
+from gptj.data.unfinished import (
+    INDEX,
+    UNFINISHED,
+    check_same_plan,
+    claim,
+    delete_records,
+    length,
+    other_rows,
+    read_record,
+    write_record,
+)
 from gptj.serialization.json_object import parse_object, to_json
 from gptj.storage.addresses import SAMPLE
 
 CHUNK_ROWS = 256
 CHUNK_CHARACTERS = 4 * 2**20  # chunks of long rows have fewer than CHUNK_ROWS
-UNFINISHED = "unfinished"
-PLAN = "plan.json"
-INDEX = "index.json"
 OUTPUT, ERRORS = "output", "errors"
 
 
@@ -133,11 +141,9 @@ class Record:
     @classmethod
     def find(cls, folder: str, chunk: Chunk) -> Record | None:
         """The record of a chunk, if it is finished."""
-        address = storage.join(folder, UNFINISHED, f"{chunk.name}.json")
-        try:
-            record = cls(**parse_object(storage.read_bytes(address), address))
-        except storage.NotFoundError:
+        if (fields := read_record(folder, chunk.name)) is None:
             return None
+        record = cls(**fields)
         return record if record.source == chunk.digest else None
 
 
@@ -162,14 +168,9 @@ def begin(plan: Plan, folder: str) -> Index | None:
         index = Index(**parse_object(storage.read_bytes(address), address))
         _check_same(index.settings, plan, folder)
         _check_current(index, plan, folder)
-        storage.delete_folder(storage.join(folder, UNFINISHED))  # left if killed after finishing
+        delete_records(folder)  # left if killed after finishing
         return index
-    address = storage.join(folder, UNFINISHED, PLAN)
-    if not storage.exists(address):
-        if files := storage.list_files(folder):
-            raise DataError(f"{folder} has other files, such as {files[0].name}: choose a new one")
-        storage.write_bytes(address, plan.to_json().encode())
-    _check_same(parse_object(storage.read_bytes(address), address), plan, folder)
+    _check_same(claim(folder, plan.to_json()), plan, folder)
     return None
 
 
@@ -181,10 +182,7 @@ def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
         if different == ["settings"] and isinstance(inner[0], dict):
             names = inner[0].keys() | inner[1].keys()
             different = sorted(n for n in names if inner[0].get(n) != inner[1].get(n))
-        raise DataError(
-            f"{folder} was started with different {', '.join(different)}: choose another folder, "
-            f"or delete this one"
-        )
+    check_same_plan(folder, different)
 
 
 def _check_current(index: Index, plan: Plan, folder: str) -> None:
@@ -198,10 +196,7 @@ def _check_current(index: Index, plan: Plan, folder: str) -> None:
         (each.name, each.digest) for part in range(len(plan.parts)) for each in chunks(plan, part)
     )
     if _source(found) != index.source:
-        raise DataError(
-            f"{folder} was made from other rows than {plan.address} has now: choose another "
-            f"folder, or delete this one"
-        )
+        raise other_rows(folder, plan.address)
 
 
 def _source(digests: Iterable[tuple[str, str]]) -> str:
@@ -219,7 +214,7 @@ def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
         for entry in _entries(plan, file, file[len(folder) :].lstrip("/")):
             entries.append(entry)
             if entry.row is not None:
-                size += sum(map(_length, entry.row.values.values()))
+                size += sum(map(length, entry.row.values.values()))
             if len(entries) >= plan.chunk_rows or size >= CHUNK_CHARACTERS:
                 yield Chunk(part, number, entries)
                 number, size, entries = number + 1, 0, []
@@ -243,10 +238,6 @@ def _entries(plan: Plan, file: str, name: str) -> Iterator[Entry]:
     except NoRowsError:  # a file that is empty or has only bad rows
         pass
     yield from bad
-
-
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, str) else len(json.dumps(value, default=str))
 
 
 def write(
@@ -273,8 +264,7 @@ def write(
         storage.write_bytes(address, encoded)
         files[name] = asdict(FileRecord(len(encoded), hashlib.sha256(encoded).hexdigest()))
     record = Record(chunk.name, len(chunk.entries), len(errors), chunk.digest, files)
-    address = storage.join(folder, UNFINISHED, f"{chunk.name}.json")
-    storage.write_bytes(address, json.dumps(asdict(record)).encode())
+    write_record(folder, chunk.name, asdict(record))
     return record
 
 
@@ -309,7 +299,7 @@ def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
     storage.write_bytes(storage.join(folder, INDEX), content)
     files[INDEX] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
     Manifest(folder, files).write()
-    storage.delete_folder(storage.join(folder, UNFINISHED))
+    delete_records(folder)
     return index
 
 

@@ -20,6 +20,7 @@ from gptj.data.formats import is_typed
 from gptj.data.labels import LabelNames
 from gptj.data.rows import DataError, Row, refuse_row
 from gptj.data.shards import TaskName, from_parquet
+from gptj.data.unfinished import INDEX, PLAN, UNFINISHED
 from gptj.errors import CheckpointError
 from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import HUB_DATA, SAMPLE, split_hub_data
@@ -28,7 +29,6 @@ from gptj.tokenizer import GPTJTokenizer
 if TYPE_CHECKING:
     import pyarrow
 
-INDEX = "index.json"
 MAX_NAMED = 100  # most bad rows named in an index or a log
 
 logger = logging.getLogger(__name__)
@@ -207,10 +207,6 @@ class PreparedTable:
         file, place = (self.columns.column(name)[number].as_py() for name in ("file", "row"))
         address = self.settings["parts"][int(self.name.split("-")[1])][file]
         return Row(values, address, place, self.settings["names"], is_typed(address))
-
-
-UNFINISHED = "unfinished"  # subfolder for the plan and the records of finished shards
-PLAN = "plan.json"
 
 
 def tokenizer_digest(tokenizer: GPTJTokenizer) -> str:

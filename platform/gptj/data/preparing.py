@@ -19,10 +19,7 @@ from gptj import storage
 from gptj.checkpoints.manifest import MANIFEST, FileRecord, Manifest
 from gptj.data.labels import LabelNames
 from gptj.data.prepared import (
-    INDEX,
     MAX_NAMED,
-    PLAN,
-    UNFINISHED,
     Index,
     Prepared,
     Shard,
@@ -33,7 +30,16 @@ from gptj.data.rows import DataError, NoRowsError, Row
 from gptj.data.shards import SHARD_KINDS, Source, TaskName, to_parquet
 from gptj.data.sources import data_files, find_columns, in_parts, read_rows
 from gptj.data.split import Split, split_rows
-from gptj.serialization.json_object import parse_object
+from gptj.data.unfinished import (
+    INDEX,
+    check_same_plan,
+    claim,
+    delete_records,
+    length,
+    other_rows,
+    read_record,
+    write_record,
+)
 from gptj.storage.addresses import HUB_DATA
 from gptj.tokenizer import GPTJTokenizer
 
@@ -157,30 +163,13 @@ def begin(plan: Plan, folder: str) -> Index | None:
     if storage.exists(storage.join(folder, MANIFEST)):
         finished = Prepared.at(folder)
     if finished is not None:
-        _check_same(finished.index.settings, plan, folder)
+        check_same_plan(folder, differences(finished.index.settings, plan))
         if not is_current(plan, finished.index):
-            raise DataError(
-                f"{folder} was made from other rows than {plan.address} has now: choose another "
-                f"folder, or delete this one"
-            )
-        storage.delete_folder(storage.join(folder, UNFINISHED))  # left if killed after finishing
+            raise other_rows(folder, plan.address)
+        delete_records(folder)  # left if killed after finishing
         return finished.index
-    if (begun := unfinished(folder)) is None:
-        if files := storage.list_files(folder):
-            raise DataError(f"{folder} has other files, such as {files[0].name}: choose a new one")
-        storage.write_bytes(storage.join(folder, UNFINISHED, PLAN), plan.to_json().encode())
-    else:
-        _check_same(begun, plan, folder)
+    check_same_plan(folder, differences(claim(folder, plan.to_json()), plan))
     return None
-
-
-def unfinished(folder: str) -> Mapping[str, Any] | None:
-    """The plan of an unfinished preparation in a folder, if there is one."""
-    address = storage.join(folder, UNFINISHED, PLAN)
-    try:
-        return parse_object(storage.read_bytes(address), address)
-    except storage.NotFoundError:
-        return None
 
 
 def differences(before: Mapping[str, Any], plan: Plan) -> list[str]:
@@ -214,14 +203,6 @@ def is_current(plan: Plan, index: Index) -> bool:
         for chunk in chunks(plan, part)
     }
     return found == made
-
-
-def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
-    if different := differences(before, plan):
-        raise DataError(
-            f"{folder} was started with different {', '.join(different)}: choose another folder, "
-            f"or delete this one"
-        )
 
 
 def part_rows(plan: Plan, part: int, on_bad: Callable[[DataError], None]) -> Iterator[Row]:
@@ -267,7 +248,7 @@ def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
     bad = _BadRows(plan)
     for row in part_rows(plan, part, bad):
         rows.append(row)
-        size += sum(map(_length, row.values.values()))
+        size += sum(map(length, row.values.values()))
         if size >= plan.chunk_characters:
             yield Chunk(part, number, rows, bad.count, tuple(bad.named))
             number, size, rows = number + 1, 0, []
@@ -276,22 +257,13 @@ def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
         yield Chunk(part, number, rows, bad.count, tuple(bad.named))
 
 
-def _length(value: Any) -> int:
-    """Length in characters; anything but text is measured as JSON. Types are checked later."""
-    return len(value) if isinstance(value, str) else len(json.dumps(value, default=str))
-
-
 def write_shard(plan: Plan, folder: str, chunk: Chunk, tokenizer: GPTJTokenizer) -> Shard:
     """Tokenize a chunk and write its shard, unless already done."""
-    record = storage.join(folder, UNFINISHED, f"{chunk.name}.json")
     digest = chunk.digest
-    try:
-        fields = parse_object(storage.read_bytes(record), record)
+    if (fields := read_record(folder, chunk.name)) is not None:
         shard = Shard(**{**fields, "bad": tuple(fields["bad"])})
         if shard.source == digest:
             return shard
-    except storage.NotFoundError:
-        pass
     bad = _BadRows(plan)
     source = Source(plan.parts[chunk.part], plan.label_names, plan.problem_type)
     encoded = SHARD_KINDS[plan.task].encode(chunk.rows, tokenizer, source, bad)
@@ -311,7 +283,7 @@ def write_shard(plan: Plan, folder: str, chunk: Chunk, tokenizer: GPTJTokenizer)
         chunk.skipped + bad.count,
         (*chunk.bad, *bad.named)[:MAX_NAMED],
     )
-    storage.write_bytes(record, json.dumps(asdict(shard)).encode())
+    write_record(folder, chunk.name, asdict(shard))
     return shard
 
 
@@ -358,5 +330,5 @@ def finish(plan: Plan, folder: str, shards: Iterable[Shard], tokenizer: GPTJToke
         storage.write_bytes(storage.join(folder, name), each)
         files[name] = FileRecord(len(each), hashlib.sha256(each).hexdigest())
     Manifest(folder, files).write()
-    storage.delete_folder(storage.join(folder, UNFINISHED))
+    delete_records(folder)
     return index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,8 @@ def merge_adapter(
         base, adapter: folders, local or `s3://`, or hub ids.
         destination: a new folder, local or `s3://`.
         dtype: float16, bfloat16 or float32; None: the base's.
-        revision: branch, tag or commit of a base on the hub.
+        revision: branch, tag or commit of a base on the hub; None: the commit that the adapter was
+            trained on, if it records this base, or else the default branch.
 
     Raises:
         FileNotFoundError: if there is no base or no adapter.
@@ -65,12 +67,16 @@ def merge_adapter(
     target = parse_dtype(dtype)
     base, destination = normalized(base), normalized(destination)
     check_new(destination)
-    with (
-        ModelFolder.open(adapter, weights=True) as folder,
-        open_source(base, revision=revision) as source,
-    ):
+    with ModelFolder.open(adapter, weights=True) as folder, ExitStack() as stack:
         stored = read_adapter(folder)
-        _check_base(stored, base, revision)
+        place = Base.named(stored.known_base, base, revision)
+        try:
+            source = stack.enter_context(open_source(base, revision=place.pin))
+        except FileNotFoundError as error:
+            if place != stored.known_base:
+                raise
+            raise place.missing(adapter, error) from error
+        _check_base(stored, place)
         config = _config(source, folder, stored)
         tensors = _merged(source, stored, config)
         specs = specs_of(tensors, target or source.config.dtype, config)
@@ -86,9 +92,10 @@ def merge_adapter(
     return config
 
 
-def _check_base(adapter: StoredAdapter, address: str, revision: str | None) -> None:
+def _check_base(adapter: StoredAdapter, base: Base) -> None:
     if adapter.known_base is not None:  # PEFT's need not name one
-        adapter.known_base.check(adapter.address, Base.at(address, revision))
+        found = Base.at(base.address, base.pin)
+        adapter.known_base.check(adapter.address, found)
 
 
 def _config(source: Source, folder: ModelFolder, adapter: StoredAdapter) -> GPTJConfig:

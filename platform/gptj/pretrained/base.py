@@ -25,6 +25,7 @@ from gptj.layers import int4
 from gptj.pretrained.resizing import resized, resized_bias
 from gptj.pretrained.saving import save_adapter_folder, save_folder
 from gptj.pretrained.weight_loading import load_weights
+from gptj.storage.addresses import normalized
 from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 
@@ -88,7 +89,8 @@ class GPTJPreTrainedModel(nn.Module):
             config: replaces the folder's `config.json`.
             verify: check each file's SHA-256 against the folder's manifest, if it has one. This
                 takes one core per 1.5 GB/s, which matters only for files in the page cache.
-            base: an adapter's base model; None: where it was during training.
+            base: an adapter's base model; None: where it was during training, and for a hub id,
+                at the commit that it was trained on.
             low_cpu_mem_usage, attn_implementation: accepted for compatibility with Hugging Face:
                 memory is always saved, and attention is always PyTorch's ("sdpa").
             token, cache_dir, local_files_only, force_download: for a hub id, passed to
@@ -171,18 +173,12 @@ class GPTJPreTrainedModel(nn.Module):
         overrides: Mapping[str, Any],
     ) -> Model:
         adapter = read_adapter(folder)
-        trained_on = Base.of(folder) if given_base is None else adapter.known_base
-        place = trained_on if given_base is None else Base(os.fspath(given_base))
-        assert place is not None
-        try:
-            opened = ModelFolder.open(
-                place.address, revision=place.revision, weights=True, verify=folder.verify
-            )
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"the base model of the adapter {adapter.address} is missing: {error}"
-            ) from error
-        with opened:
+        trained_on = adapter.known_base
+        if given_base is None:
+            place = Base.of(folder)
+        else:
+            place = Base.named(trained_on, normalized(given_base))
+        with place.open(adapter.address, weights=True, verify=folder.verify) as opened:
             if opened.read_config().get(int4.CONFIG_FIELD) is not None:
                 raise CheckpointError(
                     f"{place.address}, the base model of the adapter {adapter.address}, has 4-bit "
@@ -190,7 +186,8 @@ class GPTJPreTrainedModel(nn.Module):
                     f"model that they were made from (jobs/merge_adapter.py), and quantize that"
                 )
             if trained_on is not None:
-                trained_on.check(adapter.address, Base(place.address, digest=digest_of(opened)))
+                found = Base(place.address, place.revision, digest_of(opened), opened.commit)
+                trained_on.check(adapter.address, found)
             if config is None:
                 config = GPTJConfig.adapted_from_folder(folder, opened, **overrides)
             elif overrides:

@@ -70,7 +70,7 @@ def save_adapter_folder(
         **adapter.to_peft(),
         "task_type": TASK_TYPES.get((config.architectures or [""])[0]),
         "base_model_name_or_path": base.address,
-        "revision": base.revision,
+        "revision": base.commit or base.revision,
     }
     named = [replace(spec, name=PREFIX + spec.name) for spec in specs]
     with FolderWriter(address, fence=fence) as writer:

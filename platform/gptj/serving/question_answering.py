@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from gptj.data.question_answering import Window, best_spans, windows
+from gptj.data.spans import best_spans
+from gptj.data.windows import Window, windows
 from gptj.data.words import Words
 from gptj.model import GPTJForQuestionAnswering
 from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app

@@ -106,6 +106,12 @@ def split_hub_data(address: str) -> tuple[str, str | None, str]:
     return found["id"], found["revision"], found["path"] or ""
 
 
+def at_commit(address: str, commit: str) -> str:
+    """A data set's address on the hub, at a commit rather than at its own revision."""
+    repository, _, path = split_hub_data(address)
+    return f"{HUB_DATA}{repository}@{commit}" + (f"/{path}" if path else "")
+
+
 def local_path(address: str | os.PathLike[str]) -> Path:
     """A local address as a path; AddressError if it is not local."""
     text = normalized(address)

@@ -141,8 +141,9 @@ class GPTJTokenizer:
         except NoTokenizerError:
             if not folder.is_adapter:
                 raise
-            base = Base.of(folder)
-            return cls.from_pretrained(base.address, revision=base.revision)
+            needed = (*TOKENIZER_FILES, *ADAPTER_FILES)
+            with Base.of(folder).open(folder.address, files=needed) as base:
+                return cls.from_folder(base)
 
     @classmethod
     def own(cls, folder: ModelFolder) -> GPTJTokenizer:

@@ -29,10 +29,10 @@ from gptj.data.preparing import (
     is_current,
     part_rows,
     prepare,
-    unfinished,
 )
 from gptj.data.rows import DataError, Row, refuse_row
 from gptj.data.split import Split
+from gptj.data.unfinished import begun_plan
 from gptj.errors import CheckpointError
 from gptj.storage.file_lock import FileLock
 from gptj.tokenizer import GPTJTokenizer
@@ -68,7 +68,8 @@ def prepare_run_data(
     """Prepare the run's raw data in its folder, unless already done.
 
     Args:
-        checkpoint: the checkpoint to resume from, if any; its data must be the same.
+        checkpoint: the checkpoint to resume from, if any; its data must be the same. Of a data set
+            on the hub, that is what the run has prepared, wherever its branch is now.
         prepare: prepares a plan's data in a folder, resuming if interrupted.
 
     Returns:
@@ -85,7 +86,10 @@ def prepare_run_data(
             found[name] = address
             continue
         folder = found[name] = storage.join(settings.folder, "data", name)
-        plan, done = raw_plan(settings, name, tokenizer), _finished(folder)
+        done = _finished(folder)
+        if checkpoint is not None and done is not None and done.commit is not None:
+            continue  # of that commit, which the hub need not have any more
+        plan = raw_plan(settings, name, tokenizer)
         if done is not None and is_current(plan, done.index):
             continue
         if done is not None and checkpoint is not None:
@@ -94,7 +98,7 @@ def prepare_run_data(
                 f"{folder} was not made from data.{name}={address}. Restore the original data, or "
                 f"choose another run="
             )
-        begun = unfinished(folder)
+        begun = begun_plan(folder)
         if done is not None or begun is None or differences(begun, plan):
             storage.delete_folder(folder)
         prepare(plan, folder, tokenizer)
@@ -211,14 +215,12 @@ def raw_plan(
         SettingsError, FileNotFoundError, CheckpointError: like checkpoint_labels.
     """
     data, split = settings.data, None
-    problem_type: str | None = data.problem_type
     names: LabelNames | None = data.label_names or None
     trained = checkpoint_labels(settings) if settings.task == "classification" else None
-    if trained is not None:
-        problem_type = trained.problem_type
-        # In a list they say nothing of how rows write them, and the model's training does.
-        if isinstance(names, list) and trained.trained is not None:
-            names = trained.expected if problem_type == SINGLE_LABEL else None
+    allowed, problem_type = allowed_labels(settings, trained)
+    # In a list they say nothing of how rows write them, and the model's training does.
+    if isinstance(names, list) and trained is not None and trained.trained is not None:
+        names = allowed if problem_type == SINGLE_LABEL else None
     if data.evaluation_split is not None:
         cut = "text" if settings.task == "causal-lm" else None  # a book is one row
         held_out = name == "evaluation"
@@ -231,7 +233,7 @@ def raw_plan(
         bad_rows=data.bad_rows,
         chunk_characters=chunk_characters,
         task=settings.task,
-        label_names=names if problem_type != REGRESSION else None,
+        label_names=names if allowed is not None else None,
         split=split,
         problem_type=problem_type,
     )
@@ -354,6 +356,24 @@ def checkpoint_labels(settings: Settings) -> LabelSet | None:
         config = GPTJConfig.from_folder(folder)
         record = None if task.labels_of(config) is None else folder.read_trained_labels()
     return task.known_labels(config, checkpoint, settings.data, record)
+
+
+def allowed_labels(
+    settings: Settings, trained: LabelSet | None
+) -> tuple[LabelNames | None, str | None]:
+    """What rows may have as a label, and of which kind labels are, before any row is read.
+
+    For check_label: names, or None if any are allowed or labels are values to predict; and one of
+    gptj.config.PROBLEM_TYPES, or None if it is not yet known.
+
+    Args:
+        trained: the result of checkpoint_labels.
+    """
+    data = settings.data
+    problem_type = data.problem_type if trained is None else trained.problem_type
+    if problem_type == REGRESSION:
+        return None, problem_type
+    return (data.label_names or None) if trained is None else trained.expected, problem_type
 
 
 def check_prepared(settings: Settings, address: str) -> None:

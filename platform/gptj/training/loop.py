@@ -166,11 +166,12 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
             progress.start = asdict(found)
             progress.base = progress.start if settings.adapter is not None else None
         # Before anything is read: its branch may move, and may have since the run began.
-        pinned = settings.pinned((progress.start or {}).get("commit"))
+        pinned = settings.pinned((progress.start or {}).get("commit"), progress.commits)
         tokenizer, data = read_alike(pinned, worker.world_size, shared, worker.prepared)
         if checkpoint is not None:
             check_same_data(settings, checkpoint, progress, data.fingerprints)
         progress.data = {name: asdict(each) for name, each in data.fingerprints.items()}
+        progress.commits = data.commits
         config = make_config(pinned, tokenizer, data.train.labels)
         total = settings.total_steps(len(data.train))
         if progress.step == 0 and worker.rank == 0:

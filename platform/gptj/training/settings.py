@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from gptj import storage
 from gptj.serialization.yaml_value import Texts, parse_yaml
-from gptj.storage.addresses import AddressError, absolute
+from gptj.storage.addresses import HUB_DATA, AddressError, absolute, at_commit
 from gptj.training.sections import (
     AdapterSettings,
     Address,
@@ -142,12 +142,25 @@ class Settings(Section):
             fields["tracking"]["mlflow"] = absolute_tracking_uri(uri)
         return Settings(**fields)
 
-    def pinned(self, commit: str | None) -> Settings:
-        """With the model's checkpoint read at a commit of the hub, if one is given."""
-        if commit is None:
-            return self
-        model = self.model.model_copy(update={"revision": commit})
-        return self.model_copy(update={"model": model})
+    def pinned(self, commit: str | None, data: Mapping[str, str] | None = None) -> Settings:
+        """With what is on the hub read at the commits that are given.
+
+        Args:
+            commit: of the model's checkpoint.
+            data: of "train" and "evaluation".
+        """
+        sections: dict[str, Any] = {}
+        if commit is not None:
+            sections["model"] = self.model.model_copy(update={"revision": commit})
+        addresses = {"train": self.data.train, "evaluation": self.data.evaluation}
+        pinned = {
+            name: at_commit(address, (data or {})[name])
+            for name, address in addresses.items()
+            if name in (data or {}) and address.startswith(HUB_DATA)
+        }
+        if pinned:
+            sections["data"] = self.data.model_copy(update=pinned)
+        return self.model_copy(update=sections) if sections else self
 
     def _without_effect(self) -> Iterator[tuple[str, str, str]]:
         """Keys without effect given the other settings: (key, remedy, reason)."""

@@ -45,6 +45,7 @@ class Progress:
     world_size: int = 1  # ranks that wrote the checkpoint
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # a Fingerprint of each data set
+    commits: dict[str, str] = field(default_factory=dict)  # of data sets on the hub, by name
     base: dict[str, Any] | None = None  # an adapter's base model, as it was at the beginning
     start: dict[str, Any] | None = None  # the checkpoint that training began from, as a Base
     # Logged points, by step; non-finite values are stored as null.

@@ -135,7 +135,8 @@ def _renamed(trained: LabelSet, checkpoint: str, options: DataSettings) -> Label
     written = options.label_names
     names = tuple(dict.fromkeys(written.values()) if isinstance(written, dict) else written)
     known, given = ", ".join(trained.names), ", ".join(names)
-    if trained.is_nameless and len(names) == len(trained.names):
+    is_new = set(names) != set(trained.names)  # LABEL_0 … may be what the values stand for
+    if is_new and trained.is_nameless and len(names) == len(trained.names):
         if isinstance(written, dict):
             names = _by_output(trained, checkpoint, written)
         trained = replace(trained, names=names)

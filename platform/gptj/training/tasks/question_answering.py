@@ -17,13 +17,9 @@ from torch import Tensor, nn
 
 from gptj.data.labels import LabelSet
 from gptj.data.prepared import Prepared
-from gptj.data.question_answering import (
-    QuestionAnsweringData,
-    answer_loss,
-    candidates,
-    null_logit,
-)
+from gptj.data.question_answering import QuestionAnsweringData, answer_loss
 from gptj.data.rows import Row
+from gptj.data.spans import candidates, null_logit
 from gptj.data.words import Words
 from gptj.model import GPTJForQuestionAnswering
 from gptj.tokenizer import GPTJTokenizer
