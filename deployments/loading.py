@@ -211,6 +211,7 @@ def load_from(
     config, tokenizer = _config_and_tokenizer(cls, folder, arguments)
     device, dtype = _device_and_dtype(arguments, device)
     model = cls.from_folder(folder, config=config, dtype=dtype, device=device)
+    model.check_trained(arguments.checkpoint)
     merge_lora(model)  # the adapter's, if the address is one
     return model, tokenizer
 

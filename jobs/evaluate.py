@@ -164,6 +164,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         device=device,
         revision=settings.revision,
     )
+    model.check_trained(settings.checkpoint)
     report_progress(model, math.ceil(len(data) / settings.batch_size))
     started = time.monotonic()
     part = collect(task, model, data, batch_size=settings.batch_size, device=device)

@@ -37,6 +37,7 @@ from gptj.checkpoints.cache import FOLDER_VARIABLE, SIZE_VARIABLE
 from gptj.checkpoints.manifest import CheckpointError
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj_local.s3 import LocalS3
+from jobs.evaluate import measure, read_settings
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -226,6 +227,32 @@ def test_a_checkpoint_with_any_head_serves_embeddings(models: Models, tmp_path: 
         torch.testing.assert_close(loaded.state_dict(), model.transformer.state_dict())
     with pytest.raises(ValidationError, match="'mean', 'last' or 'weighted_mean'"):
         EmbeddingsArguments.model_validate({"checkpoint": address, "pooling": "cls"})
+
+
+@pytest.mark.parametrize("name", ["generation", "classification", "question_answering"])
+def test_a_checkpoint_without_its_heads_weights_is_refused(
+    name: str, models: Models, tmp_path: Path
+) -> None:
+    """Each replica would draw other ones. So evaluate, but training starts from such folders."""
+    model = getattr(models, name)
+    model.save_pretrained(tmp_path / "whole", tokenizer=models.tokenizer)
+    model.transformer.save_pretrained(tmp_path / "base", tokenizer=models.tokenizer)
+    (tmp_path / "base/manifest.json").unlink()
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    cls, address = type(model), str(tmp_path / "base")
+    check(cls, Arguments(checkpoint=address))
+    head = {"classification": "score.weight", "question_answering": "qa_outputs.bias, qa_"}
+    with pytest.raises(CheckpointError, match=f"base has no {head.get(name, 'lm_head')}.*random"):
+        load(cls, Arguments(checkpoint=address, dtype="float32"), torch.device("cpu"))
+    (tmp_path / "data.jsonl").write_text(
+        '{"text": "a", "label": "neutral", "question": "q", "context": "a b", "answers": '
+        '{"text": ["a"], "answer_start": [0]}}\n'
+    )
+    with pytest.raises(CheckpointError, match="train the head first"):
+        measure(read_settings([address, str(tmp_path / "data.jsonl"), "device=cpu"]))
+    assert cls.from_pretrained(address).new_parameters
+    assert not cls.from_pretrained(tmp_path / "whole").new_parameters
 
 
 def test_an_adapters_address_serves_its_merged_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
@@ -38,6 +38,8 @@ class GPTJPreTrainedModel(nn.Module):
     config_class = GPTJConfig
     base_model_prefix = "transformer"
     gradient_checkpointing: bool | Literal["selective"] = False
+    # Of a loaded model, the head's parameters that its checkpoint does not have: they are random.
+    new_parameters: frozenset[str] = frozenset()
     # Names of parameters that may be tied, and of those they are tied to.
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
 
@@ -195,8 +197,8 @@ class GPTJPreTrainedModel(nn.Module):
                 config = GPTJConfig.from_dict({**config.to_dict(), **overrides})
             if cls.can_generate() and "eos_token_id" not in overrides:
                 config.add_end_tokens(opened)
-            head_follows = bool(adapter.config.modules_to_save)
-            model = cls._from_weights(opened, config, dtype, device, head_follows=head_follows)
+            following = adapter.config.modules_to_save or ()
+            model = cls._from_weights(opened, config, dtype, device, following=following)
         put_adapter(model, adapter)
         return model.eval()
 
@@ -208,7 +210,7 @@ class GPTJPreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None,
         device: torch.device | str,
         *,
-        head_follows: bool = False,
+        following: Container[str] = (),
     ) -> Model:
         quantization = getattr(config, int4.CONFIG_FIELD, None)
         if quantization is not None:
@@ -222,7 +224,7 @@ class GPTJPreTrainedModel(nn.Module):
             raise CheckpointError(
                 f"{folder.address}/{CONFIG}: cannot build a model with this configuration: {error}"
             ) from error
-        in_use, ties_hold = load_weights(
+        loaded = load_weights(
             model,
             folder.read_weights(),
             folder.address,
@@ -231,12 +233,13 @@ class GPTJPreTrainedModel(nn.Module):
             device=torch.device(device),
             initializer_range=config.initializer_range,
             tied=cls._tied_weights_keys if config.tie_word_embeddings else {},
-            head_follows=head_follows,
+            following=following,
         )
-        if not ties_hold:
+        model.new_parameters = loaded.new
+        if not loaded.ties_hold:
             untied = GPTJConfig.from_dict({**config.to_dict(), "tie_word_embeddings": False})
             model.config = model.base_model.config = untied
-        if in_use:  # the model maps the files
+        if loaded.in_use:  # the model maps the files
             folder.lease_for(model)
         return model.eval()
 
@@ -438,6 +441,15 @@ class GPTJPreTrainedModel(nn.Module):
         if only_trainable:
             return count
         return count + sum(layer.in_features * layer.out_features for layer in layers)
+
+    def check_trained(self, address: str) -> None:
+        """CheckpointError if a head's parameter is random, since `address` does not have it."""
+        if self.new_parameters:
+            raise CheckpointError(
+                f"{address} has no {', '.join(sorted(self.new_parameters))}, and a "
+                f"{type(self).__name__} with random weights there would give random outputs; "
+                f"remedy: train the head first (jobs/finetune.py), or give a checkpoint that has it"
+            )
 
     def gradient_checkpointing_enable(self, *, selective: bool = False) -> None:
         """Keep only each block's input for the backward pass and recompute the rest.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,21 @@ UNTIED = (
 )
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_weights` found.
+
+    Attributes:
+        in_use: whether the model uses the stored tensors' memory.
+        ties_hold: whether tied parameters were equal; if not, they keep their own values.
+        new: names of the head's parameters that are stored nowhere, and have random weights.
+    """
+
+    in_use: bool
+    ties_hold: bool
+    new: frozenset[str]
+
+
 def load_weights(
     model: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
@@ -37,8 +53,8 @@ def load_weights(
     device: torch.device,
     initializer_range: float,
     tied: Mapping[str, str],
-    head_follows: bool = False,
-) -> tuple[bool, bool]:
+    following: Container[str] = (),
+) -> Loaded:
     """Replace every parameter of a model on the meta device.
 
     Args:
@@ -47,11 +63,7 @@ def load_weights(
             it is among them, else to the majority's. 4-bit weights stay what they are.
         initializer_range: standard deviation of a missing head's new weights.
         tied: names of tied parameters, and of those they are tied to. They need not be stored.
-        head_follows: a missing head will be loaded from elsewhere, so do not log it.
-
-    Returns:
-        Whether the model uses the stored tensors' memory, and whether the tied parameters were
-        equal; if not, they keep their own values.
+        following: names of modules that will be loaded from elsewhere, if missing here.
 
     Raises:
         CheckpointError: naming what is missing, has the wrong shape, or is unexpected.
@@ -96,8 +108,13 @@ def load_weights(
     differing = [name for name, source in tied.items() if not _tie(model, name, source, loaded)]
     if differing:
         logger.warning(UNTIED, folder)
-    _make_missing(model, set(expected) - loaded, folder, device, initializer_range, head_follows)
-    return in_use, not differing
+    missing = set(expected) - loaded
+    _make_missing(model, missing, folder, device, initializer_range)
+    new = frozenset(name for name in missing if name.partition(".")[0] not in following)
+    if new:
+        names = ", ".join(sorted(new))
+        logger.warning("%s has no %s: newly initialised, train before use", folder, names)
+    return Loaded(in_use, not differing, new)
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -173,18 +190,12 @@ def _make_missing(
     folder: str,
     device: torch.device,
     std: float,
-    head_follows: bool,
 ) -> None:
-    if not missing:
-        return
     if lacking := sorted(name for name in missing if not name.startswith(HEADS)):
         more = f" and {len(lacking) - 20} more" if len(lacking) > 20 else ""
         raise CheckpointError(f"{folder} is incomplete: {', '.join(lacking[:20])}{more} missing")
-    if not head_follows:
-        names = ", ".join(sorted(missing))
-        logger.warning("%s has no %s: newly initialised, train before use", folder, names)
-    dtype = next(each.dtype for each in model.parameters() if not each.is_meta)
     for name in missing:
+        dtype = next(each.dtype for each in model.parameters() if not each.is_meta)
         new = torch.zeros(model.get_parameter(name).shape, device=device, dtype=dtype)
         if not name.endswith("bias"):
             new.normal_(std=std)
