@@ -609,6 +609,8 @@ def remove_model(
     """Delete a model folder, or a run's folder with its checkpoints."""
     files = folders.removable(address)
     size = _bytes(sum(file.size for file in files))
+    if within := folders.models_within(files):
+        print(f"{address} contains these models too:", *within, sep="\n  ", flush=True)
     if not yes:
         typer.confirm(f"Delete {address} ({len(files)} files, {size})?", abort=True)
     folders.remove(address)

@@ -33,6 +33,7 @@ from gptj.data.sources import read_rows
 from gptj.errors import CheckpointError
 from gptj.serving.app import add_health, new_app
 from gptj.storage.errors import AccessDeniedError
+from gptj.storage.s3_client import client
 from gptj.training.settings import SettingsError, read_settings
 from gptj_cli import cluster, serving
 from gptj_cli.app import _of_this_terminal, app, main
@@ -752,6 +753,47 @@ def test_model_folders_are_listed_shown_copied_verified_and_removed(
     assert not storage.list_files(copy)
 
 
+def test_a_bucket_is_not_removed_even_if_it_is_a_model(
+    addresses: dict[str, str], s3: LocalS3
+) -> None:
+    bucket, unrelated = "s3://whole", "s3://whole/unrelated/model"
+    client().create_bucket(Bucket="whole")
+    for address in (unrelated, bucket):
+        storage.upload_folder(addresses["classification"], address)
+    before = storage.list_files(bucket)
+    for spelling in (bucket, f"{bucket}/"):
+        with pytest.raises(ValueError, match=f"{bucket} is a whole bucket: not deleted; remedy"):
+            run("models", "rm", spelling, "--yes", catch_exceptions=False)
+    assert storage.list_files(bucket) == before
+    assert run("models", "rm", unrelated, "--yes").exit_code == 0
+
+
+def test_a_home_folder_is_not_removed_even_if_it_looks_like_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home" / "me"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    for folder in (home, home.parent):
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="is, or contains, your home folder: not deleted"):
+            run("models", "rm", str(folder), "--yes", catch_exceptions=False)
+    assert (home / "config.json").exists()
+
+
+@pytest.mark.parametrize("yes", [True, False])
+def test_models_inside_a_model_are_named_before_they_are_removed(
+    addresses: dict[str, str], tmp_path: Path, yes: bool
+) -> None:
+    for name in ("all", "all/second/model", "all/first"):
+        shutil.copytree(addresses["classification"], tmp_path / name)
+    result = run("models", "rm", str(tmp_path / "all"), *(["--yes"] if yes else []), input="n\n")
+    named, _, rest = result.stdout.partition("contains these models too:\n")
+    assert "deleted" not in named
+    assert rest.startswith("  first\n  second/model\n")
+    assert (tmp_path / "all").exists() != yes
+
+
 def test_a_run_that_failed_before_its_first_checkpoint_is_removed(tmp_path: Path) -> None:
     run_folder = tmp_path / "runs" / "wrong"
     for name in (
@@ -799,6 +841,41 @@ def test_an_adapter_is_shown_with_its_base(addresses: dict[str, str], tmp_path: 
     assert ["labels", "negative,", "neutral,", "positive"] in [line.split() for line in lines]
     assert json.loads(run("models", "show", str(tmp_path), "--json").stdout)["rank"] == 4
     assert "adapter" not in run("models", "show", base).stdout
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "notes.txt", "sub/a.txt"])
+def test_copying_replaces_no_file_of_the_users(
+    addresses: dict[str, str], s3: LocalS3, tmp_path: Path, where: str, name: str
+) -> None:
+    source = addresses["classification"]
+    destination = str(tmp_path / "mine") if where == "local" else f"s3://gptj/mine/{name}"
+    storage.write_bytes(storage.join(destination, name), b"mine")
+    with pytest.raises(storage.AlreadyExistsError, match=f"{name} exists, .*; remedy: a dest"):
+        run("models", "cp", source, destination, catch_exceptions=False)
+    assert [file.name for file in storage.list_files(destination)] == [name]
+    assert storage.read_bytes(storage.join(destination, name)) == b"mine"
+
+
+def test_an_interrupted_copy_is_resumed(addresses: dict[str, str], tmp_path: Path) -> None:
+    source, copy = Path(addresses["classification"]), tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(source / "model.safetensors", copy)
+    assert "good: " in run("models", "cp", str(source), str(copy)).stdout
+
+
+def test_a_copy_and_its_source_are_apart(
+    addresses: dict[str, str], s3: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(addresses["classification"], tmp_path / "runs" / "lm")
+    (tmp_path / "link").symlink_to("runs/lm")
+    pairs = [("runs/lm", "runs/lm/copy"), ("link", "runs/lm/a/b"), ("runs/lm", "runs")]
+    for source, destination in [*pairs, ("s3://gptj/a/lm", "s3://gptj/a/lm/copy")]:
+        with pytest.raises(ValueError, match=r" is inside .*a copy needs a folder of its own"):
+            run("models", "cp", source, destination, catch_exceptions=False)
+    assert run("models", "cp", "runs/lm", "runs/lm2").exit_code == 0
+    assert run("verify", "runs/lm").exit_code == 0
 
 
 def test_a_damaged_folder_is_neither_copied_nor_verified(
