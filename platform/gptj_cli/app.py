@@ -330,8 +330,8 @@ def serve(
 ) -> None:
     """Serve exactly these checkpoints over HTTP; each one's head selects its service.
 
-    Returns once all of them answer. The same command with another checkpoint replaces the served
-    one without downtime. `serve shutdown -y` or `gptj down` stops it.
+    Returns once all of them answer. The same command with another checkpoint, or with other files
+    at its address, replaces the served one without downtime. `serve shutdown -y` or `gptj down` stops it.
     """
     found = serving.services(addresses, name or [], embeddings)
     dashboard = None if show and device != Device.AUTO else cluster.dashboard_address(folder)
@@ -339,7 +339,7 @@ def serve(
     if device == Device.CUDA and dashboard is not None and not gpus:
         raise ValueError("--device cuda: the cluster has no GPU; leave it out to serve on CPUs")
     options = serving.Options(
-        port, host, gpus or device == Device.CUDA, dtype, min_replicas, chat_template
+        port, host, gpus or device == Device.CUDA, dtype.value, min_replicas, chat_template
     )
     config = serving.configuration(found, options)
     if show:

@@ -706,6 +706,155 @@ def test_the_readmes_shortest_configuration_is_valid(addresses: dict[str, str]) 
     assert short["deployments"][0]["name"] == ours["deployments"][0]["name"]
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "auto"),
+        (["--dtype", "float32"], "float32"),
+        (
+            "--dtype bfloat16 --name mine --port 8123 --host 0.0.0.0 --min-replicas 2 "
+            "--chat-template dolly".split(),
+            "bfloat16",
+        ),
+    ],
+)
+def test_the_printed_configuration_is_valid_with_any_options(
+    addresses: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    words: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.setattr(cluster, "dashboard_address", lambda folder: "http://nowhere")
+    monkeypatch.setattr(serving, "has_gpus", lambda dashboard: device == "cuda")
+    address = addresses["generation"]
+    for more in ([], ["--embeddings", address]):
+        printed = run(
+            *("serve", address, "--print", "--device", device, *words, *more),
+            catch_exceptions=False,
+        ).stdout
+        config = ServeDeploySchema.model_validate(yaml.safe_load(printed))
+        assert [(each.args or {})["dtype"] for each in config.applications] == (
+            [expected] * len(config.applications)
+        )
+        assert len(config.applications) == 1 + bool(more)
+
+
+@pytest.mark.parametrize("name", ["b b", "modèle", "{b}", "a/b", "..", "a\nb", "café-2", "a%20b"])
+def test_names_that_cannot_be_routes_are_refused(
+    addresses: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    """Serve's controller fails on some of them, and then deploys nothing more."""
+    address = addresses["classification"]
+    one = configuration(services([address], [name]), Options())["applications"]
+    assert one[0]["name"] == "classification"  # of a kind's only model it is in no route
+    with pytest.raises(ValueError, match=r"(?s)would be served at /.*remedy: a --name for each"):
+        configuration(services([address] * 2, ["one", name]), Options())
+    two = configuration(services([address] * 2, ["one", "GPT-J_2.b"]), Options())
+    assert two["applications"][1]["route_prefix"] == "/GPT-J_2.b/classification"
+    folder = tmp_path / "modèle"
+    shutil.copytree(address, folder)
+    with pytest.raises(ValueError, match="would be served at /modèle"):
+        configuration(services([address, str(folder)], []), Options())
+
+
+@pytest.mark.parametrize("name", ["generation", "embeddings"])
+def test_a_name_of_another_application_is_refused(addresses: dict[str, str], name: str) -> None:
+    language_model, classifier = addresses["generation"], addresses["classification"]
+    found = services([language_model, classifier, classifier], ["x", name, "y"], language_model)
+    with pytest.raises(ValueError, match=f"the name '{name}' is also that of the only {name} ser"):
+        configuration(found, Options())
+
+
+def test_what_serve_compares_changes_with_the_content_and_with_nothing_else(
+    addresses: dict[str, str], tmp_path: Path
+) -> None:
+    def compared() -> Any:
+        (application,) = configuration(services([str(model)], []), options)["applications"]
+        return application["runtime_env"], application["args"]
+
+    options = Options()
+    model = tmp_path / "model"
+    shutil.copytree(addresses["generation"], model)
+    finished = compared()
+    assert compared() == finished
+    shutil.rmtree(model)
+    shutil.copytree(addresses["generation"], model)
+    assert compared() == finished  # a copy of the same files
+    (model / "manifest.json").unlink()
+    without = compared()
+    assert compared() == without != finished
+    (model / "config.json").write_bytes((model / "config.json").read_bytes() + b"\n")
+    assert compared() != without
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}")
+    options = Options(chat_template=str(template))
+    first = compared()
+    assert compared() == first
+    template.write_text("{{ messages[1].content }}")
+    assert compared() != first
+
+
+def details_of(
+    config: dict[str, Any], status: str, deployment: tuple[str, str] = ("HEALTHY", "")
+) -> dict[str, Any]:
+    """As Serve describes applications that are deployed with a configuration.
+
+    Args:
+        deployment: the status and message of each one's only deployment.
+    """
+    message = "Failed to update the deployments ['generation']." if status != "RUNNING" else ""
+    return {
+        "applications": {
+            each["name"]: {
+                "status": status,
+                "message": message,
+                "deployed_app_config": each,
+                "deployments": {
+                    each["deployments"][0]["name"]: {
+                        "status": deployment[0],
+                        "message": deployment[1],
+                    }
+                },
+            }
+            for each in config["applications"]
+        }
+    }
+
+
+@pytest.mark.parametrize("status", ["DEPLOY_FAILED", "UNHEALTHY"])
+def test_what_has_failed_is_started_again_and_what_runs_is_left_alone(
+    addresses: dict[str, str], status: str
+) -> None:
+    config = configuration(services([addresses["generation"]], []), Options())
+    nothing: dict[str, Any] = {"applications": {}}
+    assert serving._attempted(config, nothing) == config
+    assert serving._attempted(config, details_of(config, "RUNNING")) == config
+    again = serving._attempted(config, details_of(config, status))
+    assert again != config
+    ServeDeploySchema.model_validate(again)
+    assert serving._attempted(config, details_of(again, "RUNNING")) == again
+    assert serving._attempted(config, details_of(again, status)) not in (again, config)
+
+
+def test_a_failure_is_told_by_its_deployments(addresses: dict[str, str]) -> None:
+    config = configuration(services([addresses["generation"]], []), Options())
+    message = (
+        "The deployment failed to start 3 times in a row. Error:\n"
+        'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n'
+        "gptj.errors.CheckpointError: model.safetensors was altered"
+    )
+    failed = details_of(config, "DEPLOY_FAILED", ("DEPLOY_FAILED", message))
+    with pytest.raises(ValueError, match=r"^generation: model.safetensors was altered$"):
+        serving._are_running(failed, config)
+    with pytest.raises(ValueError, match="Failed to update the deployments"):
+        serving._are_running(details_of(config, "DEPLOY_FAILED"), config)
+    again = serving._attempted(config, failed)
+    assert not serving._are_running(failed, again)  # not yet that one
+    assert serving._are_running(details_of(again, "RUNNING"), again)
+
+
 def test_checkpoints_that_cannot_be_served_are_refused_before_deploying(
     addresses: dict[str, str], s3: LocalS3
 ) -> None:
