@@ -331,7 +331,8 @@ def serve(
     """Serve exactly these checkpoints over HTTP; each one's head selects its service.
 
     Returns once all of them answer. The same command with another checkpoint, or with other files
-    at its address, replaces the served one without downtime. `serve shutdown -y` or `gptj down` stops it.
+    at its address, replaces the served one without downtime. `serve shutdown -y` or `gptj down`
+    stops it.
     """
     found = serving.services(addresses, name or [], embeddings)
     dashboard = None if show and device != Device.AUTO else cluster.dashboard_address(folder)

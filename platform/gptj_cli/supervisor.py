@@ -15,7 +15,7 @@ from types import FrameType
 import psutil
 
 from gptj.storage.file_lock import FileLock
-from gptj_cli.local import Local, Process
+from gptj_cli.local import LOCK, Local, Process
 from gptj_local.ray import CLUSTER_VARIABLE, LocalRay
 from gptj_local.s3 import LocalS3
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 def supervise(folder: Path, cpus: int) -> None:
     """Run both until a signal; RuntimeError if one of them exits by itself."""
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / LOCK)
     if not lock.try_take():
         sys.exit(f"another `gptj up` is running in {folder}")
     with LocalS3.start(folder / "s3") as s3:

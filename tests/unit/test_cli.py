@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import readme
 import yaml
@@ -33,6 +34,7 @@ from gptj.data.sources import read_rows
 from gptj.errors import CheckpointError
 from gptj.serving.app import add_health, new_app
 from gptj.storage.errors import AccessDeniedError
+from gptj.storage.file_lock import FileLock
 from gptj.storage.s3_client import client
 from gptj.training.settings import SettingsError, read_settings
 from gptj_cli import cluster, serving
@@ -1056,7 +1058,10 @@ def test_down_stops_what_up_started_and_nothing_else(tmp_path: Path) -> None:
     part, stranger = subprocess.Popen(sleeper), subprocess.Popen(sleeper)
     try:
         other = Process.of(stranger.pid)
-        gone = Process(other.number, other.created - 1000)  # of that number, long ago
+        # Of that number, long ago.
+        gone = Process(
+            other.number, other.created - 1000, re.sub(r"\d+$", "7", other.identity or "")
+        )
         state = Local(gone, {"Ray": Process.of(part.pid)}, "http://s3", "http://ray", {"A": "b c"})
         state.write(tmp_path)
         assert (tmp_path / "env").read_text() == "export A='b c'\n"
@@ -1070,3 +1075,55 @@ def test_down_stops_what_up_started_and_nothing_else(tmp_path: Path) -> None:
         for process in (part, stranger):
             process.kill()
             process.wait()
+
+
+def moved_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is set after a state file was written: start times, as psutil has them, move."""
+    real = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: real(self) + 3600)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_clock_that_is_set_hides_nothing_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    supervisor, part = subprocess.Popen(sleeper), subprocess.Popen(sleeper)
+    try:
+        parts = {"Ray": Process.of(part.pid)}
+        Local(Process.of(supervisor.pid), parts, "http://s3", "http://ray", {}).write(tmp_path)
+        moved_clock(monkeypatch)
+        assert is_up(tmp_path)
+        assert down(tmp_path)
+        assert supervisor.poll() is not None and part.poll() is not None
+    finally:
+        for process in (supervisor, part):
+            process.kill()
+            process.wait()
+
+
+def test_state_files_of_earlier_versions_are_understood(tmp_path: Path) -> None:
+    number = os.getpid()
+    old = {"number": number, "created": psutil.Process(number).create_time()}
+    state = {"supervisor": old, "parts": {}, "s3": "http://s3", "dashboard": "http://ray"}
+    (tmp_path / "up.json").write_text(json.dumps(state))
+    assert is_up(tmp_path)
+    state["supervisor"] = old | {"created": old["created"] - 1000}
+    (tmp_path / "up.json").write_text(json.dumps(state))
+    assert not is_up(tmp_path)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_down_forgets_nothing_while_a_supervisor_runs(tmp_path: Path, described: bool) -> None:
+    """One that cannot be told from another program, as by an earlier version's state file."""
+    if described:
+        other = Process(os.getpid(), 1.0)
+        Local(other, {}, "http://s3", "http://ray", {"A": "b"}).write(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with FileLock(tmp_path / "lock") as lock:
+        assert lock.try_take()
+        with pytest.raises(SystemExit, match=r"holds .*lock, but .*up.json does not describe it"):
+            main(["down", "--folder", str(tmp_path)])
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "lock"])
+    assert run("down", "--folder", str(tmp_path)).exit_code == 0
+    assert not (tmp_path / "up.json").exists()
