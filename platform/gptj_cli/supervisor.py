@@ -16,6 +16,7 @@ import psutil
 
 from gptj.storage.file_lock import FileLock
 from gptj_cli.local import LOCK, Local, Process
+from gptj_local.exports import shield
 from gptj_local.ray import CLUSTER_VARIABLE, LocalRay
 from gptj_local.s3 import LocalS3
 
@@ -38,6 +39,7 @@ def main() -> None:
         signal.signal(number, _end)
     for name in OF_ANOTHER_CLUSTER:
         os.environ.pop(name, None)
+    shield(os.environ)
     supervise(folder, cpus)
 
 

@@ -1064,7 +1064,7 @@ def test_down_stops_what_up_started_and_nothing_else(tmp_path: Path) -> None:
         )
         state = Local(gone, {"Ray": Process.of(part.pid)}, "http://s3", "http://ray", {"A": "b c"})
         state.write(tmp_path)
-        assert (tmp_path / "env").read_text() == "export A='b c'\n"
+        assert (tmp_path / "env").read_text().endswith("\nexport A='b c'\n")
         assert (tmp_path / "env").stat().st_mode & 0o077 == 0
         assert not is_up(tmp_path)
         assert down(tmp_path)
