@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from gptj.environment.processes import identity
 from gptj.storage.file_lock import FileLock
 from gptj_local.exports import write_exports
 from gptj_local.processes import tail
+from gptj_local.ray import SESSIONS
 
 START_SECONDS = 240
 END_SECONDS = 120
@@ -63,6 +65,7 @@ class Local:
     s3: str  # the endpoint
     dashboard: str
     variables: dict[str, str]  # for programs that use it
+    sessions: str = ""  # the folder of Ray's files; unknown in state files of earlier versions
 
     def write(self, folder: Path) -> None:
         """Write the exports, then the state file, so that readers of the latter find both."""
@@ -155,6 +158,9 @@ def down(folder: Path) -> bool:
         if process.is_running():
             process.kill()
     psutil.wait_procs(trees, timeout=10)
+    sessions = Path(state.get("sessions", ""))
+    if sessions.name.startswith(SESSIONS):
+        shutil.rmtree(sessions, ignore_errors=True)
     Local.forget(folder)
     return supervisor is not None or bool(trees)
 

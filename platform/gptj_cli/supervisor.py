@@ -58,6 +58,7 @@ def supervise(folder: Path, cpus: int) -> None:
                 s3=s3.endpoint,
                 dashboard=ray.dashboard,
                 variables=variables | ray.environment(),
+                sessions=str(ray.sessions),
             )
             try:
                 local.write(folder)

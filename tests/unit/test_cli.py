@@ -20,8 +20,10 @@ import pytest
 import readme
 import yaml
 from http_server import listening
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails
 from ray.serve.schema import ServeDeploySchema
+from ray.util.state.exception import ServerUnavailable
 from rich.console import Console
 from serving_models import SENTENCES, Models, make_models, mounted
 from typer.testing import CliRunner
@@ -37,7 +39,7 @@ from gptj.storage.errors import AccessDeniedError
 from gptj.storage.file_lock import FileLock
 from gptj.storage.s3_client import client
 from gptj.training.settings import SettingsError, read_settings
-from gptj_cli import cluster, serving
+from gptj_cli import cluster, serving, status, training
 from gptj_cli.app import _of_this_terminal, app, main
 from gptj_cli.local import Local, Process, down, is_up
 from gptj_cli.scores import rendered
@@ -324,9 +326,9 @@ def test_a_run_that_a_job_trains_is_not_submitted_again() -> None:
         job("STOPPED", "s3://b/run"),
     ]
     check_not_running([*old, job("RUNNING", "s3://b/other")], "s3://b/run")
-    for status in ("PENDING", "RUNNING"):
-        with pytest.raises(ValueError, match=f"ray job logs --follow raysubmit_{status}"):
-            check_not_running([*old, job(status, "s3://b/run")], "s3://b/run")
+    for state in ("PENDING", "RUNNING"):
+        with pytest.raises(ValueError, match=f"ray job logs --follow raysubmit_{state}"):
+            check_not_running([*old, job(state, "s3://b/run")], "s3://b/run")
 
 
 @pytest.mark.parametrize(
@@ -436,6 +438,66 @@ def test_without_a_cluster_the_remedy_is_named(
     (tmp_path / "env").touch()
     with pytest.raises(SystemExit, match=f"remedy: source {tmp_path}/env"):
         main(["train", "--folder", str(tmp_path)])
+
+
+@pytest.mark.parametrize("exports", [True, False])
+@pytest.mark.parametrize("command", [["status"], ["train", "--data", "rows.csv"], ["serve", "m"]])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("Failed to connect to Ray at address: http://x:1."), "Failed to connect"),
+        (ServerUnavailable("Failed to make request to http://x:1/api. Check…"), "does not answer"),
+        (AuthenticationError("Invalid authentication token"), "missing or wrong: Invalid"),
+    ],
+)
+def test_variables_of_a_cluster_that_is_gone_have_a_remedy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    message: str,
+    command: list[str],
+    exports: bool,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://x:1")
+    written(tmp_path / "rows.csv", "text,label", "good,1", "bad,0")
+    monkeypatch.setattr(status, "ServeSubmissionClient", refuse)
+    monkeypatch.setattr(training, "JobSubmissionClient", refuse)
+    monkeypatch.setattr(serving, "services", lambda *_: [])
+    monkeypatch.setattr(serving, "list_nodes", lambda **_: refuse())
+    remedy = r"remedy: correct RAY_API_SERVER_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN"
+    if exports:
+        (tmp_path / ".gptj").mkdir()
+        (tmp_path / ".gptj" / "env").touch()
+        remedy = r"remedy: source \.gptj/env, after gptj up"
+    with pytest.raises(SystemExit, match=f"^error: .*{message}.*; {remedy}"):
+        main(command)
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise LookupError("ours")
+
+    monkeypatch.setattr(serving, "services", fail)
+    with pytest.raises(LookupError, match="ours"):
+        main(["serve", "model"])
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_swapped_arguments_are_not_looked_for_on_the_hub(
+    addresses: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "rev.csv", "text,label", "good,positive")
+    model = addresses["classification"]
+    with pytest.raises(SystemExit, match=f"rev.csv is a file, .*remedy: .*{command} {model} rev"):
+        main([command, "rev.csv", model])
+    for words in (["serve", "rev.csv"], ["models", "show", "rev.csv"]):
+        with pytest.raises(SystemExit, match=r"rev.csv' is not an existing folder but a file"):
+            main(words)
 
 
 def test_the_storage_of_gptj_up_is_named_where_nothing_is_in_the_default_one(
@@ -1062,7 +1124,11 @@ def test_down_stops_what_up_started_and_nothing_else(tmp_path: Path) -> None:
         gone = Process(
             other.number, other.created - 1000, re.sub(r"\d+$", "7", other.identity or "")
         )
-        state = Local(gone, {"Ray": Process.of(part.pid)}, "http://s3", "http://ray", {"A": "b c"})
+        sessions = tmp_path / "gptj-ray-x"
+        sessions.mkdir()
+        (sessions / "log").touch()
+        parts = {"Ray": Process.of(part.pid)}
+        state = Local(gone, parts, "http://s3", "http://ray", {"A": "b c"}, str(sessions))
         state.write(tmp_path)
         assert (tmp_path / "env").read_text().endswith("\nexport A='b c'\n")
         assert (tmp_path / "env").stat().st_mode & 0o077 == 0
@@ -1070,6 +1136,7 @@ def test_down_stops_what_up_started_and_nothing_else(tmp_path: Path) -> None:
         assert down(tmp_path)
         assert part.poll() is not None
         assert stranger.poll() is None
+        assert not sessions.exists()
         assert not down(tmp_path)
     finally:
         for process in (part, stranger):
