@@ -32,7 +32,7 @@ import yaml
 
 from gptj import storage
 from gptj.checkpoints.manifest import verify
-from gptj_local.exports import export_lines, write_exports
+from gptj_local.exports import export_lines, shield, write_exports
 from gptj_local.processes import running, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
@@ -112,6 +112,7 @@ def run(*, keep_serving: bool) -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     with ExitStack() as stack:
         _say("starting an S3 server")
+        shield(os.environ)
         s3 = stack.enter_context(LocalS3.start(FOLDER / "s3", bucket=BUCKET))
         os.environ.update(s3.environment())
         _say(f"starting a Ray cluster (S3 is at {s3.endpoint})")

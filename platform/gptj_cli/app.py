@@ -123,17 +123,52 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         app(args=words)
     except (ValueError, OSError, RuntimeError, MissingPackageError) as error:
-        sys.exit(f"error: {error}{_of_this_terminal(error)}")
+        remedy = _of_this_terminal(error)
+        sys.exit(f"error: {str(error).rstrip('.') if remedy else error}{remedy}")
+    except Exception as error:
+        if (message := _of_ray(error)) is None:
+            raise
+        sys.exit(f"error: {message}{_of_cluster()}")
 
 
 def _of_this_terminal(error: Exception) -> str:
-    """The remedy if S3's credentials are missing: to source those that `gptj up` exports."""
+    """The remedy if S3's credentials are missing, or no cluster is at the variables' address."""
     if (
         isinstance(error, storage_errors.AccessDeniedError)
         and "AWS_ACCESS_KEY_ID" not in os.environ
     ):
         return _sourcing()
+    if isinstance(error, ConnectionError) and str(error).startswith("Failed to connect to Ray"):
+        return _of_cluster()
     return ""
+
+
+def _of_ray(error: Exception) -> str | None:
+    """The message of Ray's errors that the terminal's variables cause; None for all others.
+
+    Ray's types are known by name, since importing it takes a second.
+    """
+    if not type(error).__module__.startswith("ray."):
+        return None
+    first = str(error.args[0] if error.args else error).partition(". ")[0]
+    match type(error).__name__:
+        case "AuthenticationError":
+            return f"Ray's token is missing or wrong: {first}"
+        case "ServerUnavailable":
+            return f"the Ray cluster does not answer: {first}"
+    return None
+
+
+def _of_cluster() -> str:
+    """The remedy for variables of another cluster, or of one that has ended."""
+    exports = FOLDER / local.EXPORTS
+    if exports.exists():
+        return f"; remedy: source {exports}, after gptj up if that cluster has ended"
+    names = [name for name in cluster.VARIABLES if name in os.environ]
+    return (
+        f"; remedy: correct {', '.join(names)}, RAY_AUTH_MODE and RAY_AUTH_TOKEN in this terminal, "
+        f"or start a cluster here with gptj up, and source its exports"
+    )
 
 
 def _sourcing() -> str:
@@ -165,6 +200,15 @@ def _refuse_options(
         key = name.replace("-", "_")
         settings = (meant(key) if meant is not None else []) or [key]
         raise ValueError(f"no such option: {word}; settings are key=value: {settings[0]}={value}")
+
+
+def _check_order(context: typer.Context, model: str, data: str) -> None:
+    """ValueError if the model is a file, which would be looked for on the hub."""
+    if Path(model).is_file():
+        raise ValueError(
+            f"{model} is a file, but the model comes first; remedy: {context.command_path} {data} "
+            f"{model}"
+        )
 
 
 @app.command()
@@ -283,6 +327,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on data, on this machine without a cluster: jobs/evaluate.py."""
     _refuse_options([address, data, *(words or [])], context)
+    _check_order(context, address, data)
     command_line.log_to_stderr("evaluate")
     result = evaluation_job.measure(evaluation_job.read_settings([address, data, *(words or [])]))
     console = rich_console.Console()
@@ -330,8 +375,9 @@ def serve(
 ) -> None:
     """Serve exactly these checkpoints over HTTP; each one's head selects its service.
 
-    Returns once all of them answer. The same command with another checkpoint replaces the served
-    one without downtime. `serve shutdown -y` or `gptj down` stops it.
+    Returns once all of them answer. The same command with another checkpoint, or with other files
+    at its address, replaces the served one without downtime. `serve shutdown -y` or `gptj down`
+    stops it.
     """
     found = serving.services(addresses, name or [], embeddings)
     dashboard = None if show and device != Device.AUTO else cluster.dashboard_address(folder)
@@ -339,7 +385,7 @@ def serve(
     if device == Device.CUDA and dashboard is not None and not gpus:
         raise ValueError("--device cuda: the cluster has no GPU; leave it out to serve on CPUs")
     options = serving.Options(
-        port, host, gpus or device == Device.CUDA, dtype, min_replicas, chat_template
+        port, host, gpus or device == Device.CUDA, dtype.value, min_replicas, chat_template
     )
     config = serving.configuration(found, options)
     if show:
@@ -455,6 +501,7 @@ def predict(
     and the exit status is 1.
     """
     _refuse_options([address, file, *(words or [])], context)
+    _check_order(context, address, file)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     columns, delimiter = _reading(words or [])
     options = predicting.Options(
@@ -609,6 +656,8 @@ def remove_model(
     """Delete a model folder, or a run's folder with its checkpoints."""
     files = folders.removable(address)
     size = _bytes(sum(file.size for file in files))
+    if within := folders.models_within(files):
+        print(f"{address} contains these models too:", *within, sep="\n  ", flush=True)
     if not yes:
         typer.confirm(f"Delete {address} ({len(files)} files, {size})?", abort=True)
     folders.remove(address)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,30 +18,39 @@ from typing import Any
 
 import psutil
 
+from gptj.environment.processes import identity
+from gptj.storage.file_lock import FileLock
 from gptj_local.exports import write_exports
 from gptj_local.processes import tail
+from gptj_local.ray import SESSIONS
 
 START_SECONDS = 240
 END_SECONDS = 120
 STATE, EXPORTS, LOG = "up.json", "env", "up.log"
+LOCK = "lock"  # held by the supervisor while it runs
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process, identified by id and start time, since ids are reused."""
+    """A process, identified by id and start, since ids are reused."""
 
     number: int
-    created: float  # start time, in seconds since 1970
+    created: float  # start time, in seconds since 1970; it moves with the system's clock
+    # None: in a state file of an earlier version, or on a system without /proc.
+    identity: str | None = None
 
     @classmethod
     def of(cls, number: int) -> Process:
-        return cls(number, psutil.Process(number).create_time())
+        return cls(number, psutil.Process(number).create_time(), identity(number))
 
     def running(self) -> psutil.Process | None:
         """None once it has ended."""
         try:
             process = psutil.Process(self.number)
-            same = abs(process.create_time() - self.created) < 0.01
+            if self.identity is not None:
+                same = identity(self.number) == self.identity
+            else:
+                same = abs(process.create_time() - self.created) < 0.01
             return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
             return None
@@ -55,6 +65,7 @@ class Local:
     s3: str  # the endpoint
     dashboard: str
     variables: dict[str, str]  # for programs that use it
+    sessions: str = ""  # the folder of Ray's files; unknown in state files of earlier versions
 
     def write(self, folder: Path) -> None:
         """Write the exports, then the state file, so that readers of the latter find both."""
@@ -118,11 +129,22 @@ def up(folder: Path, cpus: int) -> bool:
 
 
 def down(folder: Path) -> bool:
-    """End what `up` started, and nothing else; returns whether there was anything."""
+    """End what `up` started, and nothing else; returns whether there was anything.
+
+    Raises RuntimeError if a supervisor runs that the state file does not describe, which then
+    stays.
+    """
     state = read(folder)
+    supervisor = None if state is None else Process(**state["supervisor"]).running()
+    if supervisor is None and _is_held(folder):
+        number = f" (perhaps process {state['supervisor']['number']})" if state is not None else ""
+        raise RuntimeError(
+            f"a process of gptj up holds {folder / LOCK}, but {folder / STATE} does not describe "
+            f"it: nothing is stopped; remedy: wait until it has started or ended, or find "
+            f"`gptj_cli.supervisor {folder}` with ps{number}, and end it with kill"
+        )
     if state is None:
         return False
-    supervisor = Process(**state["supervisor"]).running()
     if supervisor is not None:
         supervisor.terminate()
         try:
@@ -136,8 +158,19 @@ def down(folder: Path) -> bool:
         if process.is_running():
             process.kill()
     psutil.wait_procs(trees, timeout=10)
+    sessions = Path(state.get("sessions", ""))
+    if sessions.name.startswith(SESSIONS):
+        shutil.rmtree(sessions, ignore_errors=True)
     Local.forget(folder)
     return supervisor is not None or bool(trees)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a supervisor runs there."""
+    if not (folder / LOCK).exists():
+        return False
+    with FileLock(folder / LOCK) as lock:
+        return not lock.try_take()
 
 
 def default_cpus() -> int:

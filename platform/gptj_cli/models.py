@@ -14,11 +14,18 @@ from gptj import storage
 from gptj.adapters.base import Base
 from gptj.adapters.stored import read_config
 from gptj.checkpoints.folder import ADAPTER_CONFIG, CONFIG, TRAINING, ModelFolder
-from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_recorded, verify
+from gptj.checkpoints.manifest import (
+    MANIFEST,
+    FolderWriter,
+    Manifest,
+    hash_file,
+    read_recorded,
+    verify,
+)
 from gptj.config import GPTJConfig
 from gptj.layers.int4 import is_quantized
 from gptj.serialization.json_object import parse_object
-from gptj.storage.addresses import normalized
+from gptj.storage.addresses import normalized, split_s3
 from gptj.storage.listing import FileInfo
 from gptj.training.progress import HISTORY
 
@@ -116,11 +123,16 @@ def _adapter(address: str) -> dict[str, Any]:
 def copy(source: str, destination: str) -> Manifest:
     """Copy a model folder to a new address, checking each file against the manifest.
 
+    The same copy again goes on after one that was interrupted.
+
     Raises:
-        AlreadyExistsError: if there is a finished checkpoint at the destination.
-        CheckpointError: if the source has no manifest, or a file differs from it.
+        AlreadyExistsError: if there is a finished checkpoint at the destination, or files that the
+            source does not have.
+        CheckpointError: if a file of the source differs from its manifest.
+        ValueError: if the source has no manifest, or one folder is inside the other.
     """
     source, destination = normalized(source), normalized(destination)
+    _check_apart(source, destination)
     manifest = Manifest.read(source)
     if manifest is None:
         GPTJConfig.from_pretrained(source)  # raises if there is no model
@@ -129,6 +141,7 @@ def copy(source: str, destination: str) -> Manifest:
             f"jobs/import_weights.py {source} {destination}"
         )
     with FolderWriter(destination) as writer:
+        _check_room(destination, manifest)
         for name, record in manifest.files.items():
             with (
                 storage.open_read(storage.join(source, name)) as file,
@@ -142,19 +155,59 @@ def copy(source: str, destination: str) -> Manifest:
     return verify(destination)
 
 
+def _check_apart(source: str, destination: str) -> None:
+    """Refuse a copy into its own source, which would no longer match its manifest, and around it.
+
+    Raises ValueError.
+    """
+    here, there = _parts(source), _parts(destination)
+    shorter = min(len(here), len(there))
+    if len(here) != len(there) and here[:shorter] == there[:shorter]:
+        inner, outer = (source, destination) if len(here) > shorter else (destination, source)
+        raise ValueError(f"{inner} is inside {outer}: a copy needs a folder of its own")
+
+
+def _parts(address: str) -> tuple[str, ...]:
+    if storage.is_s3(address):
+        return tuple(address.split("/"))
+    return Path(address).resolve().parts
+
+
+def _check_room(destination: str, manifest: Manifest) -> None:
+    """AlreadyExistsError if there are files that an interrupted copy cannot have left.
+
+    Reads those that it may have.
+    """
+    for file in storage.list_files(destination):
+        record = manifest.files.get(file.name)
+        if record is None or record.size != file.size or hash_file(file.address) != record:
+            raise storage.AlreadyExistsError(
+                f"{file.address} exists, and is no file of {manifest.folder}: nothing is copied; "
+                f"remedy: a destination that is new or empty"
+            )
+
+
 def removable(address: str) -> list[FileInfo]:
     """The files that `remove` would delete: none behind a link to a folder.
 
     Raises:
-        ValueError: if it is neither a model's nor a run's folder, or a link: a mistyped address
-            must not delete a bucket or a home folder.
+        ValueError: if it is neither a model's nor a run's folder, or a link, or a whole bucket: a
+            mistyped address must not delete a bucket or a home folder.
     """
     address = normalized(address)
-    if not storage.is_s3(address) and (path := Path(address)).is_symlink():
+    if storage.is_s3(address):
+        if not split_s3(address)[1]:
+            raise ValueError(
+                f"{address} is a whole bucket: not deleted; remedy: name a folder in it, or empty "
+                f"the bucket with your storage's own tools"
+            )
+    elif (path := Path(address)).is_symlink():
         raise ValueError(
             f"{address} is a link to {path.resolve()}: not deleted; remedy: name that, or delete "
             f"the link with rm"
         )
+    elif Path.home().is_relative_to(path.resolve()):
+        raise ValueError(f"{address} is, or contains, your home folder: not deleted")
     files = storage.list_files(address, follow_links=False)
     if not files:
         raise storage.NotFoundError(f"nothing is at {address}")
@@ -164,6 +217,12 @@ def removable(address: str) -> list[FileInfo]:
             f"(history.jsonl, checkpoint-…, lease): not deleted; remedy: name one of those"
         )
     return files
+
+
+def models_within(files: Iterable[FileInfo]) -> list[str]:
+    """The folders of models below a listed folder, by their names relative to it."""
+    parts = {file.name.rpartition("/")[::2] for file in files}
+    return sorted({folder for folder, name in parts if folder and name in CONFIGS})
 
 
 def remove(address: str) -> None:

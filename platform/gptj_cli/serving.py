@@ -6,8 +6,10 @@ The configuration is k8s/base/serve.yaml with the checkpoints' applications.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
+import secrets
 import socket
 import time
 import urllib.error
@@ -25,6 +27,7 @@ from ray.util.state import list_nodes
 
 import deployments
 from deployments.loading import Arguments, check, name_of
+from gptj import storage
 from gptj.chat import READY
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig
@@ -41,6 +44,13 @@ APPLICATIONS = {
     "GPTJModel": "embeddings",
 }
 START_SECONDS = 1800  # a 6B model may take minutes to fetch and load
+FAILED = ("DEPLOY_FAILED", "UNHEALTHY")  # states of applications and of their deployments
+# Variables of an application's processes, which nothing reads. Serve starts new replicas if one
+# differs, and not if only the files at an address do.
+CONTENT = "GPTJ_SERVED_CONTENT"
+ATTEMPT = "GPTJ_SERVED_ATTEMPT"
+# Of applications and routes: Serve's controller fails on others, and then deploys nothing more.
+NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]+")
 HEADING = re.compile(r"^Deploying app '.*' failed with exception:\n")  # Serve's, above an error
 
 
@@ -61,6 +71,7 @@ class Service:
     checkpoint: str
     head: str  # class name; for embeddings the base model's, whatever the checkpoint's head
     name: str  # the model's
+    content: str  # changes with what the checkpoint holds
     pairs: bool = False  # whether its folder says that it classifies pairs of texts
 
     @property
@@ -92,7 +103,7 @@ def services(
         check(HEAD_CLASSES[head], Arguments(checkpoint=checkpoint))
         name = names[number] if number < len(names) else name_of(checkpoint)
         pairs = APPLICATIONS[head] == "classification" and _reads_pairs(checkpoint)
-        found.append(Service(checkpoint, head, name, pairs))
+        found.append(Service(checkpoint, head, name, _content(checkpoint), pairs))
     counted = Counter(service.name for service in found)
     if twice := [name for name, count in counted.items() if count > 1]:
         raise ValueError(f"two models would be named {twice[0]!r}; remedy: a --name for each")
@@ -103,8 +114,21 @@ def services(
             raise ValueError(
                 f"--embeddings {embeddings}: {found[-1].checkpoint} serves them already: omit one"
             )
-        found.append(Service(checkpoint, "GPTJModel", name_of(checkpoint)))
+        name, content = name_of(checkpoint), _content(checkpoint)
+        found.append(Service(checkpoint, "GPTJModel", name, content))
     return found
+
+
+def _content(checkpoint: str) -> str:
+    """What identifies a checkpoint's files: without a manifest, a commit or when they changed."""
+    with ModelFolder.open(checkpoint) as folder:
+        if folder.commit is not None:
+            return folder.commit
+        if folder.manifest is not None:
+            return folder.manifest.digest
+        files = storage.list_files(folder.address)
+    versions = sorted((file.name, file.size, file.version) for file in files)
+    return hashlib.sha256(json.dumps(versions).encode()).hexdigest()
 
 
 def _reads_pairs(checkpoint: str) -> bool:
@@ -117,6 +141,10 @@ def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
     """A configuration for `serve deploy` and `serve run`.
 
     A head's only model is at the head's usual route; several are at /NAME plus that route.
+
+    Raises:
+        ValueError: if a name cannot be a route, or is that of another application; for a chat
+            template without a language model; outside a clone of the repository.
     """
     if not TEMPLATE.exists():
         raise ValueError(
@@ -126,21 +154,29 @@ def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
     by_kind = {each["name"]: each for each in template["applications"]}
     by_kind["embeddings"] = _embeddings(by_kind["classification"])
     counted = Counter(service.kind for service in found)
-    template_of_chats = options.chat_template
+    template_of_chats, of_template = options.chat_template, ""
     if template_of_chats is not None:
         if not counted["generation"]:
             raise ValueError("--chat-template is for language models, but none is served")
         if Path(template_of_chats).exists() and template_of_chats not in READY:
             template_of_chats = absolute(template_of_chats)
-    applications = []
+            of_template = hashlib.sha256(Path(template_of_chats).read_bytes()).hexdigest()
+    applications: list[dict[str, Any]] = []
     for service in found:
-        application = copy.deepcopy(by_kind[service.kind])
+        application, content = copy.deepcopy(by_kind[service.kind]), service.content
         application["args"] |= {"checkpoint": service.checkpoint, "dtype": options.dtype}
         if service.kind in ("generation", "embeddings"):
             application["args"]["model_name"] = service.name
         if service.kind == "generation" and template_of_chats is not None:
             application["args"]["chat_template"] = template_of_chats
+            content = " ".join(filter(None, [content, of_template]))
+        application["runtime_env"] = {"env_vars": {CONTENT: content}}
         if counted[service.kind] > 1:
+            if NAME.fullmatch(service.name) is None:
+                raise ValueError(
+                    f"{service.checkpoint} would be served at /{service.name}, but a name in a "
+                    f"route has only A-Z, a-z, 0-9, '.', '_' and '-'; remedy: a --name for each"
+                )
             application["name"] = service.name
             application["route_prefix"] = f"/{service.name}{application['route_prefix']}".rstrip(
                 "/"
@@ -152,6 +188,12 @@ def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
             if options.on_gpu:
                 deployment["ray_actor_options"]["num_gpus"] = 1
         applications.append(application)
+    names = Counter(application["name"] for application in applications)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(
+            f"the name {twice[0]!r} is also that of the only {twice[0]} service; remedy: another "
+            f"--name"
+        )
     return {
         "proxy_location": template["proxy_location"],
         "http_options": {**template["http_options"], "host": options.host, "port": options.port},
@@ -192,6 +234,7 @@ def deploy(dashboard: str, config: dict[str, Any]) -> list[str]:
     client = ServeSubmissionClient(dashboard)
     before = client.get_serve_details()
     _check_port(dashboard, before, config["http_options"])
+    config = _attempted(config, before)
     client.deploy_applications(config)
     names = [application["name"] for application in config["applications"]]
     deadline = time.monotonic() + START_SECONDS
@@ -289,6 +332,27 @@ def error_of(message: str) -> str:
     return "\n".join([rest if is_error else lines[start + 1], *lines[start + 2 :]])
 
 
+def _attempted(config: dict[str, Any], details: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, different from what has failed, which Serve would not start again.
+
+    What has not failed stays as it is, so that it keeps running.
+    """
+    config = copy.deepcopy(config)
+    for wanted in config["applications"]:
+        application = details["applications"].get(wanted["name"]) or {}
+        attempt = _variables(application.get("deployed_app_config")).get(ATTEMPT)
+        if application.get("status") in FAILED:
+            attempt = secrets.token_hex(4)
+        if attempt is not None:
+            wanted["runtime_env"]["env_vars"][ATTEMPT] = attempt
+    return config
+
+
+def _variables(application: dict[str, Any] | None) -> dict[str, str]:
+    """A configured application's own environment variables."""
+    return ((application or {}).get("runtime_env") or {}).get("env_vars") or {}
+
+
 def _are_running(details: dict[str, Any], config: dict[str, Any]) -> bool:
     """Whether all applications run as configured; ValueError if one has failed."""
     running = True
@@ -296,13 +360,23 @@ def _are_running(details: dict[str, Any], config: dict[str, Any]) -> bool:
         application = details["applications"].get(wanted["name"])
         if application is None:
             return False
-        known = (application.get("deployed_app_config") or {}).get("args")
-        if known != wanted["args"]:  # not yet this one
-            return False
-        if application["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ValueError(f"{wanted['name']}: {error_of(application['message'])}")
+        known = application.get("deployed_app_config") or {}
+        if known.get("args") != wanted["args"] or _variables(known) != _variables(wanted):
+            return False  # not yet this one
+        if application["status"] in FAILED:
+            raise ValueError(f"{wanted['name']}: {_reason(application)}")
         running &= application["status"] == "RUNNING"
     return running
+
+
+def _reason(application: dict[str, Any]) -> str:
+    """Why an application has failed: its deployments know, if they were built."""
+    messages = [
+        deployment["message"]
+        for deployment in (application.get("deployments") or {}).values()
+        if deployment["status"] in FAILED and deployment["message"]
+    ]
+    return "\n".join(map(error_of, messages or [application["message"]]))
 
 
 def _check_port(dashboard: str, details: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from types import FrameType
 import psutil
 
 from gptj.storage.file_lock import FileLock
-from gptj_cli.local import Local, Process
+from gptj_cli.local import LOCK, Local, Process
+from gptj_local.exports import shield
 from gptj_local.ray import CLUSTER_VARIABLE, LocalRay
 from gptj_local.s3 import LocalS3
 
@@ -38,12 +39,13 @@ def main() -> None:
         signal.signal(number, _end)
     for name in OF_ANOTHER_CLUSTER:
         os.environ.pop(name, None)
+    shield(os.environ)
     supervise(folder, cpus)
 
 
 def supervise(folder: Path, cpus: int) -> None:
     """Run both until a signal; RuntimeError if one of them exits by itself."""
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / LOCK)
     if not lock.try_take():
         sys.exit(f"another `gptj up` is running in {folder}")
     with LocalS3.start(folder / "s3") as s3:
@@ -56,6 +58,7 @@ def supervise(folder: Path, cpus: int) -> None:
                 s3=s3.endpoint,
                 dashboard=ray.dashboard,
                 variables=variables | ray.environment(),
+                sessions=str(ray.sessions),
             )
             try:
                 local.write(folder)

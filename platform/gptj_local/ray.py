@@ -26,6 +26,7 @@ from typing import Any
 from gptj_local.processes import HOST, LOOPBACK, Host, free_ports, running, tail
 
 START_SECONDS = 120
+SESSIONS = "gptj-ray-"  # begins the names of the folders of Ray's files
 GAVE_UP = "The current node timed out during startup"  # `ray start`, after 30 seconds
 JOBS = {  # of submitted jobs
     # For a training's last step and checkpoint. By default `ray job stop` kills it after 3 seconds.
@@ -65,6 +66,11 @@ class LocalRay:
     address: str = HOST
 
     @property
+    def sessions(self) -> Path:
+        """The folder of Ray's files, the logs included."""
+        return self.logs.parents[1]
+
+    @property
     def dashboard(self) -> str:
         return f"http://{self.address}:{self.dashboard_port}"
 
@@ -99,7 +105,7 @@ class LocalRay:
         head, dashboard, agent, client, metrics, autoscaler, dashboards = free_ports(7)
         log = folder / "ray.log"
         # Ray's socket paths must stay under 107 bytes, which the user's folder may exceed.
-        prefix = "gptj-ray-" if host.temporary is None else "ray-"
+        prefix = SESSIONS if host.temporary is None else "ray-"
         with tempfile.TemporaryDirectory(prefix=prefix, dir=host.temporary) as sessions:
             command = [
                 str(Path(sys.executable).parent / "ray"),

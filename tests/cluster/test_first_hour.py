@@ -7,15 +7,18 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import readme
+from serving_models import make_models
 
 from gptj.data import samples
 from gptj_local.processes import descendants, free_ports
@@ -207,3 +210,52 @@ def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
             assert time.monotonic() < deadline, f"{process} has not ended"
             time.sleep(0.1)
     assert next(path, None) is None
+
+
+def served(terminal: Terminal) -> Any:
+    """How the cluster describes the only application, and its replicas' ids."""
+    details = json.loads(
+        terminal.run(
+            'curl -s -H "Authorization: Bearer $RAY_AUTH_TOKEN" '
+            "$RAY_API_SERVER_ADDRESS/api/serve/applications/"
+        )
+    )
+    (application,) = details["applications"].values()
+    (deployment,) = application["deployments"].values()
+    return application, {each["replica_id"] for each in deployment["replicas"]}
+
+
+@pytest.mark.timeout(600)
+def test_serve_starts_what_failed_or_changed_and_nothing_else(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    models = make_models()
+    model, weights = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    models.classification.save_pretrained(model, tokenizer=models.tokenizer)
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    terminal.run("source .venv/bin/activate")
+    terminal.run("gptj up")
+    terminal.run("source .gptj/env")
+    command = f"gptj serve {model} --port {port}"
+    failed = terminal.run(command, status=1)
+    assert re.search(r"error: classification: .*model.safetensors was altered", failed), failed
+
+    weights.write_bytes(good)
+    assert "curl http" in terminal.run(command)
+    application, replicas = served(terminal)
+    assert application["status"] == "RUNNING" and len(replicas) == 1
+    terminal.run(command)
+    assert served(terminal)[1] == replicas
+
+    ask = f'curl -s http://127.0.0.1:{port}/classification -d \'{{"inputs": "A fine film"}}\' '
+    ask += "-H 'Content-Type: application/json'"
+    before = terminal.run(ask)
+    for parameter in models.classification.score.parameters():
+        parameter.data.neg_()
+    shutil.rmtree(model)
+    models.classification.save_pretrained(model, tokenizer=models.tokenizer)
+    terminal.run(command)
+    assert not served(terminal)[1] & replicas
+    assert terminal.run(ask) != before

@@ -15,12 +15,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import readme
 import yaml
 from http_server import listening
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails
 from ray.serve.schema import ServeDeploySchema
+from ray.util.state.exception import ServerUnavailable
 from rich.console import Console
 from serving_models import SENTENCES, Models, make_models, mounted
 from typer.testing import CliRunner
@@ -33,8 +36,10 @@ from gptj.data.sources import read_rows
 from gptj.errors import CheckpointError
 from gptj.serving.app import add_health, new_app
 from gptj.storage.errors import AccessDeniedError
+from gptj.storage.file_lock import FileLock
+from gptj.storage.s3_client import client
 from gptj.training.settings import SettingsError, read_settings
-from gptj_cli import cluster, serving
+from gptj_cli import cluster, serving, status, training
 from gptj_cli.app import _of_this_terminal, app, main
 from gptj_cli.local import Local, Process, down, is_up
 from gptj_cli.scores import rendered
@@ -321,9 +326,9 @@ def test_a_run_that_a_job_trains_is_not_submitted_again() -> None:
         job("STOPPED", "s3://b/run"),
     ]
     check_not_running([*old, job("RUNNING", "s3://b/other")], "s3://b/run")
-    for status in ("PENDING", "RUNNING"):
-        with pytest.raises(ValueError, match=f"ray job logs --follow raysubmit_{status}"):
-            check_not_running([*old, job(status, "s3://b/run")], "s3://b/run")
+    for state in ("PENDING", "RUNNING"):
+        with pytest.raises(ValueError, match=f"ray job logs --follow raysubmit_{state}"):
+            check_not_running([*old, job(state, "s3://b/run")], "s3://b/run")
 
 
 @pytest.mark.parametrize(
@@ -433,6 +438,66 @@ def test_without_a_cluster_the_remedy_is_named(
     (tmp_path / "env").touch()
     with pytest.raises(SystemExit, match=f"remedy: source {tmp_path}/env"):
         main(["train", "--folder", str(tmp_path)])
+
+
+@pytest.mark.parametrize("exports", [True, False])
+@pytest.mark.parametrize("command", [["status"], ["train", "--data", "rows.csv"], ["serve", "m"]])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("Failed to connect to Ray at address: http://x:1."), "Failed to connect"),
+        (ServerUnavailable("Failed to make request to http://x:1/api. Check…"), "does not answer"),
+        (AuthenticationError("Invalid authentication token"), "missing or wrong: Invalid"),
+    ],
+)
+def test_variables_of_a_cluster_that_is_gone_have_a_remedy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    message: str,
+    command: list[str],
+    exports: bool,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://x:1")
+    written(tmp_path / "rows.csv", "text,label", "good,1", "bad,0")
+    monkeypatch.setattr(status, "ServeSubmissionClient", refuse)
+    monkeypatch.setattr(training, "JobSubmissionClient", refuse)
+    monkeypatch.setattr(serving, "services", lambda *_: [])
+    monkeypatch.setattr(serving, "list_nodes", lambda **_: refuse())
+    remedy = r"remedy: correct RAY_API_SERVER_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN"
+    if exports:
+        (tmp_path / ".gptj").mkdir()
+        (tmp_path / ".gptj" / "env").touch()
+        remedy = r"remedy: source \.gptj/env, after gptj up"
+    with pytest.raises(SystemExit, match=f"^error: .*{message}.*; {remedy}"):
+        main(command)
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise LookupError("ours")
+
+    monkeypatch.setattr(serving, "services", fail)
+    with pytest.raises(LookupError, match="ours"):
+        main(["serve", "model"])
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_swapped_arguments_are_not_looked_for_on_the_hub(
+    addresses: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "rev.csv", "text,label", "good,positive")
+    model = addresses["classification"]
+    with pytest.raises(SystemExit, match=f"rev.csv is a file, .*remedy: .*{command} {model} rev"):
+        main([command, "rev.csv", model])
+    for words in (["serve", "rev.csv"], ["models", "show", "rev.csv"]):
+        with pytest.raises(SystemExit, match=r"rev.csv' is not an existing folder but a file"):
+            main(words)
 
 
 def test_the_storage_of_gptj_up_is_named_where_nothing_is_in_the_default_one(
@@ -705,6 +770,155 @@ def test_the_readmes_shortest_configuration_is_valid(addresses: dict[str, str]) 
     assert short["deployments"][0]["name"] == ours["deployments"][0]["name"]
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "auto"),
+        (["--dtype", "float32"], "float32"),
+        (
+            "--dtype bfloat16 --name mine --port 8123 --host 0.0.0.0 --min-replicas 2 "
+            "--chat-template dolly".split(),
+            "bfloat16",
+        ),
+    ],
+)
+def test_the_printed_configuration_is_valid_with_any_options(
+    addresses: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    words: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.setattr(cluster, "dashboard_address", lambda folder: "http://nowhere")
+    monkeypatch.setattr(serving, "has_gpus", lambda dashboard: device == "cuda")
+    address = addresses["generation"]
+    for more in ([], ["--embeddings", address]):
+        printed = run(
+            *("serve", address, "--print", "--device", device, *words, *more),
+            catch_exceptions=False,
+        ).stdout
+        config = ServeDeploySchema.model_validate(yaml.safe_load(printed))
+        assert [(each.args or {})["dtype"] for each in config.applications] == (
+            [expected] * len(config.applications)
+        )
+        assert len(config.applications) == 1 + bool(more)
+
+
+@pytest.mark.parametrize("name", ["b b", "modèle", "{b}", "a/b", "..", "a\nb", "café-2", "a%20b"])
+def test_names_that_cannot_be_routes_are_refused(
+    addresses: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    """Serve's controller fails on some of them, and then deploys nothing more."""
+    address = addresses["classification"]
+    one = configuration(services([address], [name]), Options())["applications"]
+    assert one[0]["name"] == "classification"  # of a kind's only model it is in no route
+    with pytest.raises(ValueError, match=r"(?s)would be served at /.*remedy: a --name for each"):
+        configuration(services([address] * 2, ["one", name]), Options())
+    two = configuration(services([address] * 2, ["one", "GPT-J_2.b"]), Options())
+    assert two["applications"][1]["route_prefix"] == "/GPT-J_2.b/classification"
+    folder = tmp_path / "modèle"
+    shutil.copytree(address, folder)
+    with pytest.raises(ValueError, match="would be served at /modèle"):
+        configuration(services([address, str(folder)], []), Options())
+
+
+@pytest.mark.parametrize("name", ["generation", "embeddings"])
+def test_a_name_of_another_application_is_refused(addresses: dict[str, str], name: str) -> None:
+    language_model, classifier = addresses["generation"], addresses["classification"]
+    found = services([language_model, classifier, classifier], ["x", name, "y"], language_model)
+    with pytest.raises(ValueError, match=f"the name '{name}' is also that of the only {name} ser"):
+        configuration(found, Options())
+
+
+def test_what_serve_compares_changes_with_the_content_and_with_nothing_else(
+    addresses: dict[str, str], tmp_path: Path
+) -> None:
+    def compared() -> Any:
+        (application,) = configuration(services([str(model)], []), options)["applications"]
+        return application["runtime_env"], application["args"]
+
+    options = Options()
+    model = tmp_path / "model"
+    shutil.copytree(addresses["generation"], model)
+    finished = compared()
+    assert compared() == finished
+    shutil.rmtree(model)
+    shutil.copytree(addresses["generation"], model)
+    assert compared() == finished  # a copy of the same files
+    (model / "manifest.json").unlink()
+    without = compared()
+    assert compared() == without != finished
+    (model / "config.json").write_bytes((model / "config.json").read_bytes() + b"\n")
+    assert compared() != without
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}")
+    options = Options(chat_template=str(template))
+    first = compared()
+    assert compared() == first
+    template.write_text("{{ messages[1].content }}")
+    assert compared() != first
+
+
+def details_of(
+    config: dict[str, Any], status: str, deployment: tuple[str, str] = ("HEALTHY", "")
+) -> dict[str, Any]:
+    """As Serve describes applications that are deployed with a configuration.
+
+    Args:
+        deployment: the status and message of each one's only deployment.
+    """
+    message = "Failed to update the deployments ['generation']." if status != "RUNNING" else ""
+    return {
+        "applications": {
+            each["name"]: {
+                "status": status,
+                "message": message,
+                "deployed_app_config": each,
+                "deployments": {
+                    each["deployments"][0]["name"]: {
+                        "status": deployment[0],
+                        "message": deployment[1],
+                    }
+                },
+            }
+            for each in config["applications"]
+        }
+    }
+
+
+@pytest.mark.parametrize("status", ["DEPLOY_FAILED", "UNHEALTHY"])
+def test_what_has_failed_is_started_again_and_what_runs_is_left_alone(
+    addresses: dict[str, str], status: str
+) -> None:
+    config = configuration(services([addresses["generation"]], []), Options())
+    nothing: dict[str, Any] = {"applications": {}}
+    assert serving._attempted(config, nothing) == config
+    assert serving._attempted(config, details_of(config, "RUNNING")) == config
+    again = serving._attempted(config, details_of(config, status))
+    assert again != config
+    ServeDeploySchema.model_validate(again)
+    assert serving._attempted(config, details_of(again, "RUNNING")) == again
+    assert serving._attempted(config, details_of(again, status)) not in (again, config)
+
+
+def test_a_failure_is_told_by_its_deployments(addresses: dict[str, str]) -> None:
+    config = configuration(services([addresses["generation"]], []), Options())
+    message = (
+        "The deployment failed to start 3 times in a row. Error:\n"
+        'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n'
+        "gptj.errors.CheckpointError: model.safetensors was altered"
+    )
+    failed = details_of(config, "DEPLOY_FAILED", ("DEPLOY_FAILED", message))
+    with pytest.raises(ValueError, match=r"^generation: model.safetensors was altered$"):
+        serving._are_running(failed, config)
+    with pytest.raises(ValueError, match="Failed to update the deployments"):
+        serving._are_running(details_of(config, "DEPLOY_FAILED"), config)
+    again = serving._attempted(config, failed)
+    assert not serving._are_running(failed, again)  # not yet that one
+    assert serving._are_running(details_of(again, "RUNNING"), again)
+
+
 def test_checkpoints_that_cannot_be_served_are_refused_before_deploying(
     addresses: dict[str, str], s3: LocalS3
 ) -> None:
@@ -750,6 +964,47 @@ def test_model_folders_are_listed_shown_copied_verified_and_removed(
     assert storage.list_files(copy)
     assert run("models", "rm", copy, input="y\n").exit_code == 0
     assert not storage.list_files(copy)
+
+
+def test_a_bucket_is_not_removed_even_if_it_is_a_model(
+    addresses: dict[str, str], s3: LocalS3
+) -> None:
+    bucket, unrelated = "s3://whole", "s3://whole/unrelated/model"
+    client().create_bucket(Bucket="whole")
+    for address in (unrelated, bucket):
+        storage.upload_folder(addresses["classification"], address)
+    before = storage.list_files(bucket)
+    for spelling in (bucket, f"{bucket}/"):
+        with pytest.raises(ValueError, match=f"{bucket} is a whole bucket: not deleted; remedy"):
+            run("models", "rm", spelling, "--yes", catch_exceptions=False)
+    assert storage.list_files(bucket) == before
+    assert run("models", "rm", unrelated, "--yes").exit_code == 0
+
+
+def test_a_home_folder_is_not_removed_even_if_it_looks_like_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home" / "me"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    for folder in (home, home.parent):
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="is, or contains, your home folder: not deleted"):
+            run("models", "rm", str(folder), "--yes", catch_exceptions=False)
+    assert (home / "config.json").exists()
+
+
+@pytest.mark.parametrize("yes", [True, False])
+def test_models_inside_a_model_are_named_before_they_are_removed(
+    addresses: dict[str, str], tmp_path: Path, yes: bool
+) -> None:
+    for name in ("all", "all/second/model", "all/first"):
+        shutil.copytree(addresses["classification"], tmp_path / name)
+    result = run("models", "rm", str(tmp_path / "all"), *(["--yes"] if yes else []), input="n\n")
+    named, _, rest = result.stdout.partition("contains these models too:\n")
+    assert "deleted" not in named
+    assert rest.startswith("  first\n  second/model\n")
+    assert (tmp_path / "all").exists() != yes
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_is_removed(tmp_path: Path) -> None:
@@ -801,6 +1056,41 @@ def test_an_adapter_is_shown_with_its_base(addresses: dict[str, str], tmp_path: 
     assert "adapter" not in run("models", "show", base).stdout
 
 
+@pytest.mark.parametrize("where", ["local", "s3"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "notes.txt", "sub/a.txt"])
+def test_copying_replaces_no_file_of_the_users(
+    addresses: dict[str, str], s3: LocalS3, tmp_path: Path, where: str, name: str
+) -> None:
+    source = addresses["classification"]
+    destination = str(tmp_path / "mine") if where == "local" else f"s3://gptj/mine/{name}"
+    storage.write_bytes(storage.join(destination, name), b"mine")
+    with pytest.raises(storage.AlreadyExistsError, match=f"{name} exists, .*; remedy: a dest"):
+        run("models", "cp", source, destination, catch_exceptions=False)
+    assert [file.name for file in storage.list_files(destination)] == [name]
+    assert storage.read_bytes(storage.join(destination, name)) == b"mine"
+
+
+def test_an_interrupted_copy_is_resumed(addresses: dict[str, str], tmp_path: Path) -> None:
+    source, copy = Path(addresses["classification"]), tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(source / "model.safetensors", copy)
+    assert "good: " in run("models", "cp", str(source), str(copy)).stdout
+
+
+def test_a_copy_and_its_source_are_apart(
+    addresses: dict[str, str], s3: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(addresses["classification"], tmp_path / "runs" / "lm")
+    (tmp_path / "link").symlink_to("runs/lm")
+    pairs = [("runs/lm", "runs/lm/copy"), ("link", "runs/lm/a/b"), ("runs/lm", "runs")]
+    for source, destination in [*pairs, ("s3://gptj/a/lm", "s3://gptj/a/lm/copy")]:
+        with pytest.raises(ValueError, match=r" is inside .*a copy needs a folder of its own"):
+            run("models", "cp", source, destination, catch_exceptions=False)
+    assert run("models", "cp", "runs/lm", "runs/lm2").exit_code == 0
+    assert run("verify", "runs/lm").exit_code == 0
+
+
 def test_a_damaged_folder_is_neither_copied_nor_verified(
     addresses: dict[str, str], tmp_path: Path
 ) -> None:
@@ -830,17 +1120,77 @@ def test_down_stops_what_up_started_and_nothing_else(tmp_path: Path) -> None:
     part, stranger = subprocess.Popen(sleeper), subprocess.Popen(sleeper)
     try:
         other = Process.of(stranger.pid)
-        gone = Process(other.number, other.created - 1000)  # of that number, long ago
-        state = Local(gone, {"Ray": Process.of(part.pid)}, "http://s3", "http://ray", {"A": "b c"})
+        # Of that number, long ago.
+        gone = Process(
+            other.number, other.created - 1000, re.sub(r"\d+$", "7", other.identity or "")
+        )
+        sessions = tmp_path / "gptj-ray-x"
+        sessions.mkdir()
+        (sessions / "log").touch()
+        parts = {"Ray": Process.of(part.pid)}
+        state = Local(gone, parts, "http://s3", "http://ray", {"A": "b c"}, str(sessions))
         state.write(tmp_path)
-        assert (tmp_path / "env").read_text() == "export A='b c'\n"
+        assert (tmp_path / "env").read_text().endswith("\nexport A='b c'\n")
         assert (tmp_path / "env").stat().st_mode & 0o077 == 0
         assert not is_up(tmp_path)
         assert down(tmp_path)
         assert part.poll() is not None
         assert stranger.poll() is None
+        assert not sessions.exists()
         assert not down(tmp_path)
     finally:
         for process in (part, stranger):
             process.kill()
             process.wait()
+
+
+def moved_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is set after a state file was written: start times, as psutil has them, move."""
+    real = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: real(self) + 3600)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_clock_that_is_set_hides_nothing_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    supervisor, part = subprocess.Popen(sleeper), subprocess.Popen(sleeper)
+    try:
+        parts = {"Ray": Process.of(part.pid)}
+        Local(Process.of(supervisor.pid), parts, "http://s3", "http://ray", {}).write(tmp_path)
+        moved_clock(monkeypatch)
+        assert is_up(tmp_path)
+        assert down(tmp_path)
+        assert supervisor.poll() is not None and part.poll() is not None
+    finally:
+        for process in (supervisor, part):
+            process.kill()
+            process.wait()
+
+
+def test_state_files_of_earlier_versions_are_understood(tmp_path: Path) -> None:
+    number = os.getpid()
+    old = {"number": number, "created": psutil.Process(number).create_time()}
+    state = {"supervisor": old, "parts": {}, "s3": "http://s3", "dashboard": "http://ray"}
+    (tmp_path / "up.json").write_text(json.dumps(state))
+    assert is_up(tmp_path)
+    state["supervisor"] = old | {"created": old["created"] - 1000}
+    (tmp_path / "up.json").write_text(json.dumps(state))
+    assert not is_up(tmp_path)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_down_forgets_nothing_while_a_supervisor_runs(tmp_path: Path, described: bool) -> None:
+    """One that cannot be told from another program, as by an earlier version's state file."""
+    if described:
+        other = Process(os.getpid(), 1.0)
+        Local(other, {}, "http://s3", "http://ray", {"A": "b"}).write(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with FileLock(tmp_path / "lock") as lock:
+        assert lock.try_take()
+        with pytest.raises(SystemExit, match=r"holds .*lock, but .*up.json does not describe it"):
+            main(["down", "--folder", str(tmp_path)])
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "lock"])
+    assert run("down", "--folder", str(tmp_path)).exit_code == 0
+    assert not (tmp_path / "up.json").exists()

@@ -33,7 +33,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if all holders were on other machines, whose processes cannot be checked."""
-    monkeypatch.setattr(lease, "_machine", lambda process: None)
+    monkeypatch.setattr(lease, "identity", lambda process: None)
 
 
 @pytest.mark.parametrize("same_machine", [True, False])

@@ -50,6 +50,10 @@ def locate(
         if revision is not None:
             raise ValueError(f"only hub ids have revisions, {address} is a folder: drop {revision}")
         return address
+    if Path(address).is_file():
+        raise FileNotFoundError(
+            f"{address!r} is not an existing folder but a file; remedy: the model's folder"
+        )
     if HUB_ID.fullmatch(address) is None:
         raise FileNotFoundError(
             f"{address!r} is not an existing folder, an s3:// address or a hub id (owner/name)"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from gptj import storage
+from gptj.environment.processes import identity
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class _Record:
     owner: str
     host: str
     process: int
-    machine: str  # boot id, PID namespace and process start time, to tell whether it is alive
+    machine: str  # the process's identity, to tell whether it is alive
     renewed: int = 0
     released: bool = False
 
@@ -114,7 +115,7 @@ class Lease:
             owner=secrets.token_hex(16),
             host=socket.gethostname(),
             process=os.getpid(),
-            machine=_machine(os.getpid()) or "",
+            machine=identity(os.getpid()) or "",
         )
         self._term = term
         self._ended = threading.Event()
@@ -239,19 +240,7 @@ def _read_fields(folder: str, generation: int) -> dict[str, Any] | None:
 
 def _is_dead(record: _Record) -> bool:
     """Whether the holder was a process of this machine and has ended."""
-    here = _machine(os.getpid())
+    here = identity(os.getpid())
     if here is None or record.machine.rpartition(" ")[0] != here.rpartition(" ")[0]:
         return False
-    return _machine(record.process) != record.machine
-
-
-def _machine(process: int) -> str | None:
-    """Boot id, PID namespace and start time of a process; None if there is no such process."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-        # The name may contain anything; after it, state is field 1 and start time field 20.
-        status = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return f"{boot} {namespace} {'ended' if status[0] == 'Z' else status[19]}"
+    return identity(record.process) != record.machine
