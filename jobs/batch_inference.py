@@ -41,10 +41,11 @@ if __name__ == "__main__":
     help_if_asked(sys.argv[1:], __doc__)  # before the imports, which take seconds
 
 import asyncio
+import hashlib
 import logging
 import pickle
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,7 @@ from pydantic import (
 )
 
 from deployments.device import replica_device
+from deployments.generation import Arguments as GenerationArguments
 from deployments.in_process import (
     ARGUMENTS,
     EMBEDDINGS,
@@ -71,14 +73,16 @@ from deployments.in_process import (
 )
 from deployments.loading import Arguments, check
 from gptj import storage
-from gptj.adapters.base import digest_of
-from gptj.checkpoints.folder import ModelFolder
+from gptj.adapters.base import Base
+from gptj.chat import read_template
+from gptj.checkpoints.folder import ADAPTER_CONFIG, ModelFolder
 from gptj.config import GPTJConfig
 from gptj.data.answers import CHUNK_ROWS, Chunk, Entry, Index, Plan, Record, begin, chunks, finish
 from gptj.data.answers import write as write_chunk
 from gptj.data.rows import DataError, MissingColumnError, Row, shown
 from gptj.data.sources import find_columns, read_rows
 from gptj.environment.extras import MissingPackageError, missing
+from gptj.serving.adapters import address_below
 from gptj.serving.errors import APIError, ModelError, OverloadedError, UnavailableError
 from gptj.storage.addresses import absolute, normalized
 from gptj.training.sections import Delimiter, is_text
@@ -244,7 +248,7 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
     revision = settings.args.get("revision")
     with ModelFolder.open(checkpoint, revision=revision) as model:
         service = settings.service or service_of(GPTJConfig.from_folder(model), checkpoint)
-        digest = digest_of(model)
+        digests = {"digest": _identity(model)}
     # From the first readable row; unreadable ones become errors of their own.
     columns = find_columns(
         address,
@@ -274,6 +278,9 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
     check(HEADS[service], arguments)
     if not is_batch:
         check_parameters(service, columns, settings.parameters)
+    if isinstance(arguments, GenerationArguments):
+        names = _asked_models(settings, address, columns, arguments, is_batch)
+        digests |= _further_digests(arguments, names)
     task = Task(service, arguments, settings.parameters, settings.keep, is_batch)
     plan = Plan.of(
         address,
@@ -283,7 +290,7 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
         chunk_rows=settings.chunk_rows,
         settings={
             "checkpoint": checkpoint,
-            "digest": digest,
+            **digests,
             "service": service,
             "args": settings.args,
             "parameters": settings.parameters,
@@ -291,6 +298,61 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
         whole=is_batch,
     )
     return task, plan
+
+
+def _identity(model: ModelFolder) -> str:
+    """A model's; with its base's, if it is an adapter, which is merged into it."""
+    if not model.is_adapter:
+        return model.identity
+    base = Base.of(model)
+    with ModelFolder.open(base.address, revision=base.revision, files=()) as folder:
+        return f"{model.identity} {folder.identity}"
+
+
+def _asked_models(
+    settings: Settings,
+    address: str,
+    columns: Sequence[str],
+    arguments: GenerationArguments,
+    is_batch: bool,
+) -> set[str]:
+    """What requests have as their `model`, if there is a folder in which it names an adapter."""
+    if arguments.adapter_root is None:
+        return set()
+    if not is_batch:
+        return {name for name in (settings.parameters.get("model"),) if isinstance(name, str)}
+    rows = read_rows(
+        address, columns, settings.columns, delimiter=settings.delimiter, on_bad=lambda _: None
+    )
+    bodies = (row.values.get("body") for row in rows)
+    names = (body.get("model") for body in bodies if isinstance(body, dict))
+    return {name for name in names if isinstance(name, str)}
+
+
+def _further_digests(arguments: GenerationArguments, names: Collection[str]) -> dict[str, Any]:
+    """Of what answers depend on besides the checkpoint; only what there is.
+
+    Args:
+        names: of adapters below the root, perhaps, which are loaded when they are first asked for.
+    """
+    found: dict[str, Any] = {}
+    addresses: dict[str, str] = {}
+    if arguments.adapter_root is not None:
+        below = {name: address_below(arguments.adapter_root, name) for name in sorted(names)}
+        addresses = {name: address for name, address in below.items() if address is not None}
+    adapters: dict[str, str] = {}
+    for name, address in {**addresses, **arguments.adapters}.items():
+        named = name in arguments.adapters
+        if not named and not storage.exists(storage.join(address, ADAPTER_CONFIG)):
+            continue  # the base's own name, or nothing's, which the rows' errors say
+        with ModelFolder.open(address) as folder:
+            adapters[name] = folder.identity
+    if adapters:
+        found["adapter_digests"] = adapters
+    if arguments.chat_template is not None:
+        template = read_template(arguments.chat_template)
+        found["template_digest"] = hashlib.sha256(template.encode()).hexdigest()
+    return found
 
 
 def _first_row(settings: Settings, address: str, columns: Sequence[str]) -> Row:

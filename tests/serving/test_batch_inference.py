@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import json
 import math
 import pickle
@@ -28,6 +29,9 @@ from serving_models import PROMPTS, SENTENCES, TEMPLATE, Models
 
 from deployments.in_process import InProcessService
 from gptj import storage
+from gptj.adapters.base import Base
+from gptj.adapters.config import LoRAConfig
+from gptj.adapters.lora import adapter_parameters, add_lora
 from gptj.checkpoints.manifest import verify
 from gptj.data.answers import Chunk, Entry, Index, Plan, Record, begin, chunks, finish, write
 from gptj.data.rows import DataError
@@ -201,6 +205,108 @@ def test_answers_are_to_the_rows_that_the_files_have(
     Path(data).write_text(content.replace("Anna", "Otto"))
     with pytest.raises(DataError, match="was made from other rows"):
         run(*words)
+
+
+def save_adapter(models: Models, base: str, folder: Path, seed: int, *, as_peft: bool) -> None:
+    """An adapter of the base with random weights; `as_peft` leaves out what PEFT does not write."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model = copy.deepcopy(models.with_unused_ids())
+    add_lora(model, LoRAConfig(2))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_(std=0.5)
+    model.save_adapter(str(folder), base=Base.at(base))
+    if as_peft:
+        for name in ("manifest.json", "base.json", "config.json", "training.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("as_peft", [False, True])
+@pytest.mark.parametrize("place", ["adapters", "adapter_root", "batch file", "checkpoint"])
+def test_a_replaced_adapter_is_not_taken_for_the_one_that_answered(
+    addresses: Mapping[str, str],
+    models: Models,
+    tmp_path: Path,
+    output: str,
+    place: str,
+    as_peft: bool,
+) -> None:
+    """Whether the run is complete or not: its answers would be the old adapter's, or of both."""
+    base = addresses["generation"]
+    adapter = tmp_path / "root" / "style"
+    save_adapter(models, base, adapter, 0, as_peft=as_peft)
+    if place == "checkpoint":
+        models.tokenizer.save_pretrained(adapter)  # it needs none of the base's
+    data = written(tmp_path / "rows.jsonl", [{"text": SENTENCES[n]} for n in range(2)])
+    words = [
+        base,
+        data,
+        output,
+        "chunk_rows=1",
+        "parameters.max_tokens=4",
+        "parameters.temperature=0",
+        FP32,
+    ]
+    if place == "checkpoint":
+        words[0] = str(adapter)
+    elif place == "adapters":
+        words += [f"args.adapters={{style: {adapter}}}", "parameters.model=style"]
+    else:
+        words += [f"args.adapter_root={adapter.parent}", "parameters.model=style"]
+    if place == "batch file":
+        body = {"prompt": "The tower", "max_tokens": 4, "temperature": 0}
+        asked = [
+            request(name, COMPLETIONS, **body, model=name) for name in ("style", "none", "..", "")
+        ]
+        words[1] = written(tmp_path / "batch.jsonl", [*asked, request("b", COMPLETIONS, **body)])
+        words = [word for word in words if not word.startswith("parameters.")]
+    assert run(*words, most=1) is None
+    other = [*words[:2], str(tmp_path / "complete"), *words[3:]]
+    index = run(*other)
+    assert index is not None and run(*other) == index
+    save_adapter(models, base, adapter, 1, as_peft=as_peft)
+    if place == "checkpoint":
+        models.tokenizer.save_pretrained(adapter)
+    different = "digest" if place == "checkpoint" else "adapter_digests"
+    for each in (words, other):
+        with pytest.raises(DataError, match=f"was started with different {different}: choose"):
+            run(*each)
+
+
+def test_a_replaced_template_is_not_taken_for_the_one_that_answered(
+    addresses: Mapping[str, str], tmp_path: Path, output: str
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    data = written(tmp_path / "rows.jsonl", [{"messages": HELLO}])
+    words = [addresses["generation"], data, output, f"args.chat_template={template}"]
+    assert begin(planned(read_settings(words))[1], output) is None
+    assert begin(planned(read_settings(words))[1], output) is None
+    template.write_text(TEMPLATE + "!")
+    with pytest.raises(DataError, match="was started with different template_digest: choose"):
+        begin(planned(read_settings(words))[1], output)
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_replaced_model_without_a_manifest_is_noticed(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, changed: str
+) -> None:
+    """By each of its files, whatever others, such as answers, are written into its folder."""
+    model = Path(shutil.copytree(addresses["classification"], tmp_path / "model"))
+    (model / "manifest.json").unlink()
+    data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
+    words = [str(model), data, output]
+    assert begin(planned(read_settings(words))[1], output) is None
+    (model / "answers").mkdir()
+    (model / "answers" / "output-00000-00000.jsonl").write_text("{}\n")
+    (model / "README.md").write_text("A model.")
+    assert begin(planned(read_settings(words))[1], output) is None
+    content = (model / changed).read_bytes()
+    (model / changed).unlink()
+    (model / changed).write_bytes(content)
+    with pytest.raises(DataError, match="was started with different digest: choose another"):
+        begin(planned(read_settings(words))[1], output)
 
 
 @pytest.mark.parametrize("dies", [False, True])
