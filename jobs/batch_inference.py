@@ -46,6 +46,7 @@ import logging
 import pickle
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,20 @@ from gptj.adapters.base import Base
 from gptj.chat import read_template
 from gptj.checkpoints.folder import ADAPTER_CONFIG, ModelFolder
 from gptj.config import GPTJConfig
-from gptj.data.answers import CHUNK_ROWS, Chunk, Entry, Index, Plan, Record, begin, chunks, finish
+from gptj.data.answers import (
+    CHUNK_ROWS,
+    Chunk,
+    Entry,
+    Index,
+    Plan,
+    Record,
+    begin,
+    chunks,
+    clear,
+    finish,
+    lease_of,
+)
+from gptj.data.answers import check as check_folder
 from gptj.data.answers import write as write_chunk
 from gptj.data.rows import DataError, MissingColumnError, Row, shown
 from gptj.data.sources import find_columns, read_rows
@@ -85,6 +99,7 @@ from gptj.environment.extras import MissingPackageError, missing
 from gptj.serving.adapters import address_below
 from gptj.serving.errors import APIError, ModelError, OverloadedError, UnavailableError
 from gptj.storage.addresses import absolute, normalized
+from gptj.storage.lease import TERM_SECONDS, Claim, Lease, LeaseHeldError, LeaseLostError
 from gptj.training.sections import Delimiter, is_text
 from gptj.workers.errors import QueueFullError
 from gptj_jobs.key_value import checked, parsed_yaml
@@ -104,6 +119,7 @@ try:
     import ray.data
     from ray.exceptions import RayError
 
+    from gptj_jobs.holding import hold
     from gptj_jobs.ray_errors import reason
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/batch_inference.py", extra="train") from error
@@ -166,7 +182,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         settings = read_settings(words)
         index = answer_all(settings)
-    except (ValueError, OSError) as error:  # users' errors need no traceback
+    except (ValueError, OSError, LeaseLostError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
     except RayError as error:
         sys.exit(
@@ -221,22 +237,56 @@ def answer_all(settings: Settings) -> Index:
     storage.check_writable(folder)
     if task.is_batch:
         check_custom_ids(plan)
-    if (done := begin(plan, folder)) is not None:
-        logger.info("%s is already complete", folder)
-        return done
+    if (done := check_folder(plan, folder)) is not None:
+        clear(folder)  # left if killed after finishing
+        return _already(folder, done)
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
+    holder = hold(folder, _in_use(folder), "OUTPUT")
     on_gpu, workers = _workers(settings)
-    logger.info(
-        "%s of %s: %d files of %.1f MB, %d workers on %s",
-        task.service,
-        plan.address,
-        len(plan.sizes),
-        sum(plan.sizes) / 1e6,
-        workers,
-        "GPUs" if on_gpu else "CPUs",
-    )
-    return finish(plan, folder, list(_records(plan, folder, task, settings, on_gpu, workers)))
+    with holding(folder) as lease:
+        if (done := begin(plan, folder, lease)) is not None:  # meanwhile, by the last holder
+            return _already(folder, done)
+        logger.info(
+            "%s of %s: %d files of %.1f MB, %d workers on %s",
+            task.service,
+            plan.address,
+            len(plan.sizes),
+            sum(plan.sizes) / 1e6,
+            workers,
+            "GPUs" if on_gpu else "CPUs",
+        )
+        records = list(_records(plan, folder, task, settings, on_gpu, workers, lease.claim))
+        index = finish(plan, folder, records, lease)
+    del holder  # until here, this reference held the folder
+    return index
+
+
+def _already(folder: str, index: Index) -> Index:
+    logger.info("%s is already complete", folder)
+    return index
+
+
+@contextmanager
+def holding(folder: str, *, term: float = TERM_SECONDS) -> Iterator[Lease]:
+    """Hold the lease of a folder of answers in the block. ValueError if another process does.
+
+    Args:
+        term: seconds without a sign of life after which a holder on another machine is taken for
+            dead.
+    """
+    try:
+        lease = lease_of(folder, term=term)
+    except LeaseHeldError as error:
+        raise ValueError(
+            f"{_in_use(folder)}: {error}. Wait for it to end, stop it, or choose another OUTPUT"
+        ) from error
+    with lease, storage.fenced(folder, lease.claim.check):
+        yield lease
+
+
+def _in_use(folder: str) -> str:
+    return f"another job is writing its answers to {folder}"
 
 
 def planned(settings: Settings) -> tuple[Task, Plan]:
@@ -402,7 +452,13 @@ def _workers(settings: Settings) -> tuple[bool, int]:
 
 
 def _records(
-    plan: Plan, folder: str, task: Task, settings: Settings, on_gpu: bool, workers: int
+    plan: Plan,
+    folder: str,
+    task: Task,
+    settings: Settings,
+    on_gpu: bool,
+    workers: int,
+    claim: Claim,
 ) -> Iterator[Record]:
     """Records of chunks as they are written, in any order."""
     context = ray.data.DataContext.get_current()
@@ -415,7 +471,7 @@ def _records(
     read = parts.map_batches(partial(_read, plan=shared, folder=folder), batch_size=1, num_cpus=0.5)
     written = read.map_batches(
         Worker,
-        fn_constructor_args=(task, shared, folder),
+        fn_constructor_args=(task, shared, folder, claim),
         batch_size=1,
         num_cpus=settings.cpus,
         num_gpus=1 if on_gpu else 0,
@@ -454,14 +510,21 @@ def _read(batch: dict[str, Any], plan: Any, folder: str) -> Iterator[dict[str, A
 
 
 class Worker:
-    """An actor with the model: chunks in, records of the written answers out."""
+    """An actor with the model: chunks in, records of the written answers out.
 
-    def __init__(self, task: Task, plan: Any, folder: str) -> None:
+    Args:
+        claim: of the folder's lease; once it is lost, nothing is written.
+    """
+
+    def __init__(self, task: Task, plan: Any, folder: str, claim: Claim | None = None) -> None:
         self._answerer: Answerer | str
+        self._fenced = ExitStack()  # for as long as this process lives
         try:
             storage.be_patient((task.arguments.checkpoint, folder))
+            if claim is not None:
+                self._fenced.enter_context(storage.fenced(folder, claim.check))
             service = InProcessService.load(task.service, task.arguments, replica_device())
-            self._answerer = Answerer(service, task, ray.get(plan), folder)
+            self._answerer = Answerer(service, task, ray.get(plan), folder, claim)
         except (ValueError, OSError, RuntimeError, MissingPackageError) as error:
             # RuntimeError: the device lacks something, such as fp8 or memory.
             self._answerer = f"the model cannot be loaded: {error}"
@@ -478,14 +541,22 @@ class Worker:
             return self._answerer
         try:
             return await self._answerer.answer(item)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, LeaseLostError) as error:
             return str(error)
 
 
 class Answerer:
     """Answers chunks with a service, and writes the answers."""
 
-    def __init__(self, service: InProcessService, task: Task, plan: Plan, folder: str) -> None:
+    def __init__(
+        self,
+        service: InProcessService,
+        task: Task,
+        plan: Plan,
+        folder: str,
+        claim: Claim | None = None,
+    ) -> None:
+        self._claim = claim
         self._service = service
         self._task = task
         self._plan = plan
@@ -494,7 +565,10 @@ class Answerer:
         self._room = asyncio.Semaphore(AHEAD * service.rows_at_once)
 
     async def answer(self, chunk: Chunk) -> Record:
-        """Raises DataError or StorageError, and RuntimeError if the model has stopped working."""
+        """Raises DataError, StorageError or LeaseLostError.
+
+        Raises RuntimeError if the model has stopped working.
+        """
         one = self._request if self._task.is_batch else self._row
         found = await asyncio.gather(
             *(one(chunk, place, entry) for place, entry in enumerate(chunk.entries))
@@ -502,7 +576,7 @@ class Answerer:
         outputs = [line for is_good, line in found if is_good]
         errors = [line for is_good, line in found if not is_good]
         return await asyncio.to_thread(
-            write_chunk, self._plan, self._folder, chunk, outputs, errors
+            write_chunk, self._plan, self._folder, chunk, outputs, errors, self._claim
         )
 
     async def _row(self, chunk: Chunk, place: int, entry: Entry) -> tuple[bool, dict[str, Any]]:

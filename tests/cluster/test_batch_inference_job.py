@@ -46,7 +46,7 @@ def command(output: str, *words: str, model: str = MODEL, data: str = DATA) -> l
 
 def records(output: str) -> int:
     files = storage.list_files(f"{output}/unfinished")
-    return sum(file.name != "plan.json" for file in files)
+    return sum(file.name != "plan.json" and "/" not in file.name for file in files)
 
 
 def wait_for_records(output: str, count: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -94,6 +94,13 @@ def test_each_row_has_one_answer_despite_killed_processes(
     log = tmp_path / "log-2"
     with running(command(output, slow, "workers=2"), environment=cluster, log=log) as process:
         wait_for_records(output, records(output) + 1, process, log)
+        second = subprocess.run(
+            command(output, slow), env=cluster, capture_output=True, text=True, timeout=300
+        )
+        assert second.returncode == 1
+        assert second.stderr.splitlines()[-1].startswith(
+            f"error: another job is writing its answers to {output}: process {process.pid} on "
+        )
         assert kill_workers_of(cluster)
         assert process.wait(600) == 0, tail(log)
     assert f"{ROWS} rows: {ROWS - 3} answers, 3 errors" in log.read_text()

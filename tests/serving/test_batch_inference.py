@@ -7,9 +7,13 @@ import base64
 import copy
 import json
 import math
+import os
 import pickle
+import re
 import shutil
+import socket
 import struct
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from datetime import date
@@ -37,6 +41,7 @@ from gptj.data.answers import Chunk, Entry, Index, Plan, Record, begin, chunks, 
 from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
 from gptj.serving.errors import UnavailableError
+from gptj.storage.lease import Claim, LeaseLostError
 from jobs import batch_inference
 from jobs.batch_inference import (
     Answerer,
@@ -44,6 +49,7 @@ from jobs.batch_inference import (
     Worker,
     _pickled,
     check_custom_ids,
+    holding,
     main,
     planned,
     read_settings,
@@ -517,9 +523,9 @@ def test_text_arguments_of_the_service_stay_as_written() -> None:
     }
 
 
-def worker_reply(task: Task, plan: Plan, output: str) -> Record | str:
+def worker_reply(task: Task, plan: Plan, output: str, claim: Claim | None = None) -> Record | str:
     """What a worker makes of the first chunk, as the job's main process receives it."""
-    worker = Worker(task, plan, output)
+    worker = Worker(task, plan, output, claim)
     (reply,) = asyncio.run(worker(_pickled([next(chunks(plan, 0))])))["chunk"]
     found: Record | str = pickle.loads(reply)
     return found
@@ -554,6 +560,95 @@ def test_the_job_has_help_and_reports_errors(
         main([addresses["generation"], "keep=[id]"])
     with pytest.raises(SystemExit, match="error: no file, folder or match at"):
         main([addresses["generation"], str(tmp_path / "none.jsonl"), str(tmp_path / "output")])
+
+
+def answering(found: Mapping[str, Any]) -> InProcessService:
+    """A service of classification that answers every row with the same."""
+
+    async def classify(request: Any) -> Any:
+        return [[found]]
+
+    return InProcessService(
+        {"/classification": classify}, lambda _: True, (), rows_at_once=1,
+        ignore_unknown_fields=False,
+    )  # fmt: skip
+
+
+TERM = 1.2  # seconds
+
+
+@pytest.mark.parametrize("kind", ["rows", "batch file"])
+def test_two_jobs_with_one_output_do_not_write_to_it_together(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, kind: str
+) -> None:
+    """A job that was taken for dead writes nothing: not in another's run, nor once it is done."""
+    if kind == "rows":
+        data = written(tmp_path / "rows.jsonl", [{"text": "x"}, {"text": "y"}])
+    else:
+        asked = [request(name, "/classification", inputs=name) for name in ("a", "b")]
+        data = written(tmp_path / "rows.jsonl", asked)
+    words = [addresses["classification"], data, output, "chunk_rows=1"]
+    task, plan = planned(read_settings(words))
+    one, two = chunks(plan, 0)
+    with holding(output, term=TERM) as first:
+        assert begin(plan, output, first) is None
+        refusal = (
+            f"another job is writing its answers to {output}: process {os.getpid()} on "
+            f"{socket.gethostname()} is still running. Wait for it to end, stop it, or choose "
+            f"another OUTPUT"
+        )
+        with pytest.raises(ValueError, match=re.escape(refusal)), holding(output, term=TERM):
+            raise AssertionError("held twice")
+        late = Answerer(answering({"label": "late"}), task, plan, output, first.claim)
+        done = asyncio.run(late.answer(one))
+        first._ended.set()  # as if it no longer ran
+        with holding(output, term=TERM) as second:
+            assert begin(plan, output, second) is None
+            for fails in (
+                lambda: asyncio.run(late.answer(two)),
+                lambda: asyncio.run(late.answer(one)),
+            ):
+                with pytest.raises(LeaseLostError, match="another process has taken over"):
+                    fails()
+            own = Answerer(answering({"label": "own"}), task, plan, output, second.claim)
+            records = [Record.find(output, one) or done, asyncio.run(own.answer(two))]
+            with pytest.raises(LeaseLostError, match="another process has taken over"):
+                finish(plan, output, records, first)
+            assert not Path(output, "manifest.json").exists()
+            finish(plan, output, records, second)
+        with pytest.raises(LeaseLostError, match="another process has taken over"):
+            asyncio.run(late.answer(one))
+    assert not Path(output, "unfinished").exists()
+    verify(output)
+    assert [str(line).count("own") for line in lines(output, "output")] == [0, 1]
+
+
+def test_a_job_that_waited_for_another_to_finish_leaves_its_answers(
+    addresses: Mapping[str, str], tmp_path: Path, output: str
+) -> None:
+    data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
+    words = [addresses["classification"], data, output, FP32]
+    index = run(*words)
+    with holding(output, term=TERM) as lease:
+        plan = planned(read_settings(words))[1]
+        assert begin(plan, output, lease) == index
+    time.sleep(TERM / 3)  # more than a renewal
+    assert not Path(output, "unfinished").exists()
+    verify(output)
+
+
+def test_a_worker_reports_in_one_line_that_its_job_has_lost_the_output(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.get", lambda value: value)  # as there is no cluster
+    data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
+    words = [addresses["classification"], data, output, FP32]
+    task, plan = planned(read_settings(words))
+    with holding(output, term=TERM) as lease:
+        assert begin(plan, output, lease) is None
+    with holding(output, term=TERM):
+        reply = worker_reply(task, plan, output, lease.claim)
+    assert isinstance(reply, str) and reply.startswith("another process has taken over")
 
 
 def test_rows_of_another_kind_are_refused(addresses: Mapping[str, str], tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ A plan groups files into parts, and each part is read in chunks of rows. Each ch
 `output-PPPPP-CCCCC.jsonl`, in row order; rows without an answer go to `errors-PPPPP-CCCCC.jsonl`,
 with the reason. A chunk's record is written after both, so that an interrupted run skips finished
 chunks. `index.json` and a manifest come last.
+
+Whoever writes to the folder holds its lease (`lease_of`), which ends with the unfinished files.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from gptj.data.rows import DataError, NoRowsError, Row
 from gptj.data.sources import data_files, in_parts, read_rows
 from gptj.serialization.json_object import parse_object, to_json
 from gptj.storage.addresses import SAMPLE
+from gptj.storage.lease import TERM_SECONDS, Claim, Lease
 
 CHUNK_ROWS = 256
 CHUNK_CHARACTERS = 4 * 2**20  # chunks of long rows have fewer than CHUNK_ROWS
 UNFINISHED = "unfinished"
 PLAN = "plan.json"
+LEASE = f"{UNFINISHED}/lease"
 INDEX = "index.json"
 OUTPUT, ERRORS = "output", "errors"
 
@@ -151,8 +155,8 @@ class Index:
     source: str = ""  # digest of all chunks' digests; empty in older folders
 
 
-def begin(plan: Plan, folder: str) -> Index | None:
-    """Claim a new folder for this plan, or return its index if it is already finished.
+def check(plan: Plan, folder: str) -> Index | None:
+    """A finished folder's index; None if it is new, or this plan's and unfinished. Only reads.
 
     Raises:
         DataError: if the folder belongs to another plan, or has other files.
@@ -162,15 +166,44 @@ def begin(plan: Plan, folder: str) -> Index | None:
         index = Index(**parse_object(storage.read_bytes(address), address))
         _check_same(index.settings, plan, folder)
         _check_current(index, plan, folder)
-        storage.delete_folder(storage.join(folder, UNFINISHED))  # left if killed after finishing
+        return index
+    address = storage.join(folder, UNFINISHED, PLAN)
+    if storage.exists(address):
+        _check_same(parse_object(storage.read_bytes(address), address), plan, folder)
+        return None
+    names = (file.name for file in storage.list_files(folder))
+    if others := [name for name in names if not name.startswith(f"{LEASE}/")]:
+        raise DataError(f"{folder} has other files, such as {others[0]}: choose a new one")
+    return None
+
+
+def begin(plan: Plan, folder: str, lease: Lease | None = None) -> Index | None:
+    """Claim a new folder for this plan, or return its index if it is already finished.
+
+    Raises what `check` does.
+
+    Args:
+        lease: the folder's, if this process holds it; released if it is finished.
+    """
+    if (index := check(plan, folder)) is not None:
+        clear(folder, lease)  # left if killed after finishing
         return index
     address = storage.join(folder, UNFINISHED, PLAN)
     if not storage.exists(address):
-        if files := storage.list_files(folder):
-            raise DataError(f"{folder} has other files, such as {files[0].name}: choose a new one")
         storage.write_bytes(address, plan.to_json().encode())
-    _check_same(parse_object(storage.read_bytes(address), address), plan, folder)
     return None
+
+
+def lease_of(folder: str, *, term: float = TERM_SECONDS) -> Lease:
+    """The lease of a folder of answers. Raises what Lease does."""
+    return Lease(storage.join(folder, LEASE), term=term)
+
+
+def clear(folder: str, lease: Lease | None = None) -> None:
+    """Release a finished folder's lease, and delete it with all other unfinished files."""
+    if lease is not None:
+        lease.release()  # first: a renewal would write it again
+    storage.delete_folder(storage.join(folder, UNFINISHED))
 
 
 def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
@@ -255,8 +288,13 @@ def write(
     chunk: Chunk,
     outputs: Sequence[Mapping[str, Any]],
     errors: Sequence[Mapping[str, Any]],
+    claim: Claim | None = None,
 ) -> Record:
-    """Write a chunk's lines, then its record."""
+    """Write a chunk's lines, then its record.
+
+    Args:
+        claim: of the lease under which this process writes; LeaseLostError once it is lost.
+    """
     assert len(outputs) + len(errors) == len(chunk.entries)
     files: dict[str, dict[str, Any]] = {}
     for kind, lines in ((OUTPUT, outputs), (ERRORS, errors)):
@@ -264,6 +302,8 @@ def write(
         if plan.whole:
             name = f"{UNFINISHED}/{name}"
         address = storage.join(folder, name)
+        if claim is not None:
+            claim.check()
         if not lines:
             storage.delete(address)  # left by an interrupted run
             continue
@@ -274,12 +314,22 @@ def write(
         files[name] = asdict(FileRecord(len(encoded), hashlib.sha256(encoded).hexdigest()))
     record = Record(chunk.name, len(chunk.entries), len(errors), chunk.digest, files)
     address = storage.join(folder, UNFINISHED, f"{chunk.name}.json")
+    if claim is not None:
+        claim.check()
     storage.write_bytes(address, json.dumps(asdict(record)).encode())
     return record
 
 
-def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
-    """Write the index and, last, the manifest. NoRowsError if there were no rows."""
+def finish(plan: Plan, folder: str, records: Iterable[Record], lease: Lease | None = None) -> Index:
+    """Write the index and, last, the manifest.
+
+    Args:
+        lease: the folder's, if this process holds it; released at the end.
+
+    Raises:
+        NoRowsError: if there were no rows.
+        LeaseLostError: if another process has taken over.
+    """
     ordered = sorted(records, key=lambda record: [int(n) for n in record.name.split("-")])
     assert len({record.name for record in ordered}) == len(ordered)
     index = Index(
@@ -293,6 +343,8 @@ def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
     files = {
         name: FileRecord(**fields) for record in ordered for name, fields in record.files.items()
     }
+    if lease is not None:
+        lease.claim.check()
     if plan.whole:
         files = {
             f"{kind}.jsonl": _joined(
@@ -308,8 +360,10 @@ def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
     content = (json.dumps(asdict(index), indent=1) + "\n").encode()
     storage.write_bytes(storage.join(folder, INDEX), content)
     files[INDEX] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    if lease is not None:
+        lease.claim.check()
     Manifest(folder, files).write()
-    storage.delete_folder(storage.join(folder, UNFINISHED))
+    clear(folder, lease)
     return index
 
 
