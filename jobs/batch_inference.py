@@ -80,6 +80,7 @@ from gptj.checkpoints.folder import ADAPTER_CONFIG, ModelFolder
 from gptj.config import GPTJConfig
 from gptj.data.answers import (
     CHUNK_ROWS,
+    FILES,
     Chunk,
     Entry,
     Index,
@@ -94,7 +95,7 @@ from gptj.data.answers import (
 from gptj.data.answers import check as check_folder
 from gptj.data.answers import write as write_chunk
 from gptj.data.rows import DataError, MissingColumnError, Row, shown
-from gptj.data.sources import find_columns, read_rows
+from gptj.data.sources import check_apart, find_columns, read_rows
 from gptj.environment.extras import MissingPackageError, missing
 from gptj.serving.adapters import address_below
 from gptj.serving.errors import APIError, ModelError, OverloadedError, UnavailableError
@@ -292,6 +293,7 @@ def _in_use(folder: str) -> str:
 def planned(settings: Settings) -> tuple[Task, Plan]:
     """The task and plan, after all checks that need neither a cluster nor weights."""
     address = absolute(settings.input, samples=True)
+    check_apart(address, settings.output, FILES)
     checkpoint = settings.checkpoint
     if Path(checkpoint).exists():  # otherwise it may be a hub id
         checkpoint = absolute(checkpoint)

@@ -514,6 +514,18 @@ def test_errors_are_reported_before_a_model_is_loaded(
         planned(read_settings([addresses["generation"], data, output, *words]))
 
 
+@pytest.mark.parametrize("place", ["", "/out"])
+def test_an_output_among_the_rows_is_refused_at_once(
+    addresses: Mapping[str, str], tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "rows/a.jsonl", [{"text": "x"}])
+    monkeypatch.chdir(tmp_path)
+    words = [addresses["generation"], str(tmp_path / "rows"), f"rows{place}"]
+    with pytest.raises(SystemExit, match=f"error: rows{place} is within .*remedy: a folder else"):
+        main(words)
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["a.jsonl"]
+
+
 def test_text_arguments_of_the_service_stay_as_written() -> None:
     words = ["args.revision=0012345", "args.model_name=2024", "args.max_num_seqs=8"]
     assert read_settings(["m", "rows", "out", *words]).args == {

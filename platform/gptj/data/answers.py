@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gptj import storage
-from gptj.checkpoints.manifest import FileRecord, Manifest
+from gptj.checkpoints.manifest import MANIFEST, FileRecord, Manifest
 from gptj.data.rows import DataError, NoRowsError, Row
 from gptj.data.sources import data_files, in_parts, read_rows
 from gptj.serialization.json_object import parse_object, to_json
@@ -32,6 +32,10 @@ PLAN = "plan.json"
 LEASE = f"{UNFINISHED}/lease"
 INDEX = "index.json"
 OUTPUT, ERRORS = "output", "errors"
+FILES = (  # names like all that is written
+    *(f"{kind}{part}.jsonl" for part in ("", "-00000-00000") for kind in (OUTPUT, ERRORS)),
+    *(INDEX, MANIFEST, f"{UNFINISHED}/{PLAN}"),
+)
 
 
 @dataclass(frozen=True)

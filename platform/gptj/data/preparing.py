@@ -39,6 +39,9 @@ from gptj.tokenizer import GPTJTokenizer
 
 CHUNK_CHARACTERS = 16 * 2**20  # per shard: about four million tokens
 
+# Names like all that is written, besides the tokenizer's.
+FILES = ("shard-00000-00000.parquet", INDEX, MANIFEST, f"{UNFINISHED}/{PLAN}")
+
 _COMMIT = re.compile(rf"(?<=^{HUB_DATA})([^@]+)@[0-9a-f]{{40}}/")
 
 BadRows = Literal["refuse", "skip"]

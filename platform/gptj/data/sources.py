@@ -22,7 +22,7 @@ from gptj.data.records import (
     Record,
 )
 from gptj.data.rows import DataError, MissingColumnError, NoRowsError, Row, refuse_row
-from gptj.storage.addresses import HUB_DATA, SAMPLE, normalized, split_hub_data
+from gptj.storage.addresses import HUB_DATA, SAMPLE, name_within, normalized, split_hub_data
 
 PART_BYTES = 64 * 2**20  # of a group of small files
 
@@ -30,6 +30,7 @@ __all__ = [
     "DataError",
     "MissingColumnError",
     "Row",
+    "check_apart",
     "data_files",
     "find_columns",
     "in_parts",
@@ -142,6 +143,34 @@ def data_files(address: str) -> list[storage.FileInfo]:
     return [file for file, _ in _files(address)]
 
 
+def check_apart(address: str, folder: str, names: Iterable[str]) -> None:
+    """DataError if files that a job writes would be among the data, once it reads them again.
+
+    Args:
+        address: of the data.
+        folder: the job's new one, local or `s3://`.
+        names: of what it writes there, such as `index.json`.
+    """
+    address = normalized(address, samples=True)
+    if address.startswith((SAMPLE, HUB_DATA)):
+        return
+    root, wanted = _split_pattern(address) if "*" in address else (address, None)
+    inner = name_within(folder, root)
+    if inner is None:
+        return
+    for name in names:
+        whole = f"{inner}/{name}".lstrip("/")
+        parts = whole.split("/")
+        if format_of(name) is None or _is_hidden(whole):
+            continue
+        if wanted is None or (len(parts) == len(wanted) and all(map(_fits, parts, wanted))):
+            raise DataError(
+                f"{folder} is within {address}: its files, such as {name}, would be read as data "
+                f"when the job is repeated or resumed; remedy: a folder elsewhere, or one whose "
+                f"name begins with _, which is not read"
+            )
+
+
 def in_parts(files: Iterable[storage.FileInfo]) -> tuple[tuple[str, ...], ...]:
     """Group addresses, in order: small files together, large ones alone."""
     parts: list[list[str]] = []
@@ -247,10 +276,7 @@ def _on_hub(address: str) -> list[storage.FileInfo]:
 
 def _matching(pattern: str) -> list[storage.FileInfo]:
     """The files that match a pattern; `*` does not match `/`. Reads no other folders."""
-    before = pattern.partition("*")[0]
-    folder, _, _ = before.rpartition("/")
-    root = folder or ("/" if before.startswith("/") else ".")
-    wanted = pattern[len(folder) + 1 if "/" in before else 0 :].split("/")
+    root, wanted = _split_pattern(pattern)
 
     def may_match(name: str) -> bool:
         parts = name.removesuffix("/").split("/")
@@ -258,6 +284,14 @@ def _matching(pattern: str) -> list[storage.FileInfo]:
         return deep_enough and not _is_hidden(name) and all(map(_fits, parts, wanted))
 
     return storage.list_files(root, may_match)
+
+
+def _split_pattern(pattern: str) -> tuple[str, list[str]]:
+    """The folder before the first `*`, and the parts of the names wanted below it."""
+    before = pattern.partition("*")[0]
+    folder, _, _ = before.rpartition("/")
+    root = folder or ("/" if before.startswith("/") else ".")
+    return root, pattern[len(folder) + 1 if "/" in before else 0 :].split("/")
 
 
 def _fitting(files: list[storage.FileInfo], pattern: str) -> list[storage.FileInfo]:
