@@ -76,7 +76,7 @@ from deployments.loading import Arguments, check
 from gptj import storage
 from gptj.adapters.base import Base
 from gptj.chat import read_template
-from gptj.checkpoints.folder import ADAPTER_CONFIG, ModelFolder
+from gptj.checkpoints.folder import ADAPTER_CONFIG, ModelFolder, check_outside
 from gptj.config import GPTJConfig
 from gptj.data.answers import (
     CHUNK_ROWS,
@@ -297,6 +297,7 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
     checkpoint = settings.checkpoint
     if Path(checkpoint).exists():  # otherwise it may be a hub id
         checkpoint = absolute(checkpoint)
+    check_outside(settings.output, checkpoint)
     revision = settings.args.get("revision")
     with ModelFolder.open(checkpoint, revision=revision) as model:
         service = settings.service or service_of(GPTJConfig.from_folder(model), checkpoint)

@@ -49,6 +49,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from gptj import storage
 from gptj.chat import read_template
+from gptj.checkpoints.folder import check_outside
 from gptj.data.prepared import Index
 from gptj.data.preparing import CHUNK_CHARACTERS, FILES, Plan, begin, finish, tokenizer_at
 from gptj.data.shards import TaskName
@@ -144,6 +145,7 @@ def prepare(settings: Settings) -> Index:
     address = settings.tokenizer
     if Path(address).exists():  # otherwise it may be a hub id
         address = absolute(address)
+    check_outside(folder, address)
     template = settings.chat_template
     source = None if template is None else read_template(template)
     load = partial(tokenizer_at, address, settings.revision, source)

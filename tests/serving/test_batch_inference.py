@@ -526,6 +526,16 @@ def test_an_output_among_the_rows_is_refused_at_once(
     assert [path.name for path in (tmp_path / "rows").iterdir()] == ["a.jsonl"]
 
 
+def test_an_output_within_the_model_is_refused_at_once(
+    addresses: Mapping[str, str], tmp_path: Path
+) -> None:
+    data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
+    model = addresses["generation"]
+    with pytest.raises(SystemExit, match=r"error: .*/answers is within .*/generation, which"):
+        main([model, data, f"{model}/answers"])
+    verify(model)
+
+
 def test_text_arguments_of_the_service_stay_as_written() -> None:
     words = ["args.revision=0012345", "args.model_name=2024", "args.max_num_seqs=8"]
     assert read_settings(["m", "rows", "out", *words]).args == {

@@ -327,3 +327,13 @@ def test_a_destination_among_the_data_is_refused_at_once(
     with pytest.raises(SystemExit, match=r"error: .*raw.* is within raw: its files"):
         prepare_main(["raw", address + place, "tokenizer=none"])
     assert len(contents(address)) == 3
+
+
+def test_a_destination_within_the_tokenizers_folder_is_refused_at_once(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    model = tmp_path / "model"
+    tokenizer.save_pretrained(model)
+    with pytest.raises(SystemExit, match=r"error: .*/prepared is within .*/model, which"):
+        prepare_main([raw(tmp_path), str(model / "prepared"), f"tokenizer={model}"])
+    assert not (model / "prepared").exists()

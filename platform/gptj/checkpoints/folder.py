@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self, cast
 
 from torch import Tensor
@@ -30,7 +31,7 @@ from gptj.checkpoints.manifest import (
 from gptj.checkpoints.weights import KINDS, read_weights, weight_files
 from gptj.errors import CheckpointError
 from gptj.serialization.json_object import parse_object
-from gptj.storage.addresses import normalized
+from gptj.storage.addresses import name_within, normalized
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"  # of transformers
@@ -308,6 +309,24 @@ class ModelFolder:
     def _listed(self) -> dict[str, int]:
         """Sizes by name."""
         return {file.name: file.size for file in storage.list_files(self.address)}
+
+
+def check_outside(destination: str, *models: str | None) -> None:
+    """ValueError if a folder to be written is, or is within, one of these models' or adapters'.
+
+    Their manifests would not have its files.
+
+    Args:
+        models: folders, local or `s3://`, or hub ids.
+    """
+    for model in models:
+        if model is None or not (storage.is_s3(model) or Path(model).exists()):
+            continue  # a hub id, or what is missing
+        if name_within(destination, model) is not None:
+            raise ValueError(
+                f"{destination} is within {model}, which would no longer match its manifest; "
+                f"remedy: a folder elsewhere"
+            )
 
 
 def training_data(content: bytes, address: str) -> dict[str, Any]:

@@ -86,12 +86,12 @@ def quantize_model(
     Raises:
         FileNotFoundError, CheckpointError: see open_source.
         ValueError: if the model has another head, widths that are not multiples of GROUP_SIZE, or
-            no tokenizer for the calibration data.
+            no tokenizer for the calibration data; or if the destination is within the source.
         DataError: if there is too little calibration data.
         AlreadyExistsError: if the destination is not empty.
     """
     source, destination = normalized(source), normalized(destination)
-    check_new(destination)
+    check_new(destination, source)
     with open_source(source, revision=revision) as opened:
         config = opened.config
         _check(opened)
