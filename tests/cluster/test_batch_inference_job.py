@@ -17,6 +17,7 @@ from serving_models import Models
 
 from gptj import storage
 from gptj.checkpoints.manifest import verify
+from gptj.data.answers import lease_of
 from gptj_local.processes import running, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
@@ -91,16 +92,17 @@ def test_each_row_has_one_answer_despite_killed_processes(
     }
     assert before
 
+    with lease_of(output):  # as by a job on another cluster
+        other = command(output, slow)
+        refused = subprocess.run(other, env=cluster, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith(
+        f"error: another job is writing its answers to {output}: process {os.getpid()} on "
+    )
+
     log = tmp_path / "log-2"
     with running(command(output, slow, "workers=2"), environment=cluster, log=log) as process:
         wait_for_records(output, records(output) + 1, process, log)
-        second = subprocess.run(
-            command(output, slow), env=cluster, capture_output=True, text=True, timeout=300
-        )
-        assert second.returncode == 1
-        assert second.stderr.splitlines()[-1].startswith(
-            f"error: another job is writing its answers to {output}: process {process.pid} on "
-        )
         assert kill_workers_of(cluster)
         assert process.wait(600) == 0, tail(log)
     assert f"{ROWS} rows: {ROWS - 3} answers, 3 errors" in log.read_text()
