@@ -305,8 +305,8 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
     # From the first readable row; unreadable ones become errors of their own.
     columns = find_columns(
         address,
-        [(*kind, *settings.keep) for kind in (*KINDS[service], BATCH, (*BATCH, METHOD))],
-        settings.columns,
+        [(*kind, *settings.keep) for kind in (*KINDS[service], BATCH)],
+        {ours: theirs for ours, theirs in settings.columns.items() if ours != METHOD},
         delimiter=settings.delimiter,
         skip_bad=True,
     )
@@ -349,6 +349,7 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
             "parameters": settings.parameters,
         },
         whole=is_batch,
+        optional=(METHOD,) if is_batch else (),
     )
     return task, plan
 
@@ -426,12 +427,16 @@ def check_custom_ids(plan: Plan) -> None:
     for part in range(len(plan.parts)):
         for chunk in chunks(plan, part):
             for entry in chunk.entries:
-                value = None if entry.row is None else entry.row.value("custom_id")
+                values = entry.values if entry.row is None else entry.row.values
+                value = values.get("custom_id")
                 if not isinstance(value, str):
                     continue
                 if value in seen:
-                    assert entry.row is not None
-                    raise entry.row.error("custom_id", f"duplicate: {shown(value)}")
+                    name = plan.names.get("custom_id", "custom_id")
+                    file = entry.file if entry.row is None else entry.row.source
+                    raise DataError(
+                        f"{file}, row {entry.number}, column {name!r}: duplicate: {shown(value)}"
+                    )
                 seen.add(value)
 
 
@@ -600,11 +605,12 @@ class Answerer:
     async def _request(self, chunk: Chunk, place: int, entry: Entry) -> tuple[bool, dict[str, Any]]:
         """As `_row`, for a request of OpenAI's batch file."""
         number = f"{chunk.name}-{place}".replace("-", "_")
-        line: dict[str, Any] = {"id": f"batch_req_{number}", "custom_id": None}
+        values = entry.values if entry.row is None else entry.row.values
+        line = {"id": f"batch_req_{number}", "custom_id": values.get("custom_id")}
         if entry.row is None:
             return False, {**line, "response": None, "error": _no_request(entry.problem)}
         try:
-            line["custom_id"] = entry.row.text("custom_id")
+            entry.row.text("custom_id")
             url = entry.row.text("url")
             if (method := entry.row.values.get(METHOD) or "POST") != "POST":
                 raise entry.row.error(METHOD, f"must be POST, got {shown(method)}")

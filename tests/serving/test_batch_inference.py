@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
@@ -427,7 +428,7 @@ def test_openais_batch_file_gives_openais_result_files(
     }  # fmt: skip
     found, errors = lines(output, "output"), lines(output, "errors")
     assert [each["custom_id"] for each in found] == ["a", "b", "c"]
-    assert [each["custom_id"] for each in errors] == [*"defghijkl", None, None]
+    assert [each["custom_id"] for each in errors] == [*"defghijkl", 5, None]
     assert len({each["id"] for each in found + errors}) == 14
     for each in found:
         assert each.keys() == {"id", "custom_id", "response", "error"}
@@ -463,6 +464,75 @@ def test_openais_batch_file_gives_openais_result_files(
     data = written(tmp_path / "twice.jsonl", [requests[0], requests[1], requests[0]])
     with pytest.raises(DataError, match="row 3, column 'custom_id': duplicate: 'a'"):
         run(addresses["generation"], data, str(tmp_path / "twice"), *words)
+
+
+@pytest.mark.parametrize("has_method", [True, False])
+def test_every_request_that_is_an_object_keeps_its_id(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, has_method: bool
+) -> None:
+    """`method` may be left out by any of them, whether the first has it or not."""
+    good = {**GREEDY, "prompt": "x"}
+    first = request("a", COMPLETIONS, **good)
+    if not has_method:
+        del first["method"]
+    rest: list[Any] = [
+        request("b", COMPLETIONS, **good),
+        {"custom_id": "c", "url": COMPLETIONS, "body": good},
+        {"custom_id": "d", "method": None, "url": COMPLETIONS, "body": good},
+        {"custom_id": "e", "method": "PUT", "url": COMPLETIONS, "body": good},
+        {"custom_id": "f", "method": "POST", "body": good},
+        {"custom_id": "g", "url": None, "body": good},
+        {"custom_id": "h", "url": COMPLETIONS},
+        {"custom_id": "i", "url": COMPLETIONS, "body": None},
+        {"custom_id": "j", "url": COMPLETIONS, "body": json.dumps(good)},
+        '{"custom_id": "k", "url": "/v1/completions", "body": {"prompt": "\\ud800"}}',
+        '{"custom_id": "l", "url": "/v1/completions", "url": "/v1/completions", "body": {}}',
+        '{"custom_id": "m", "method": "POST", "method": "POST", "url": "x", "body": {}}',
+        '{"custom_id": "n\\ud800", "url": "/v1/completions", "body": {}}',
+        {"custom_id": 5, "url": COMPLETIONS, "body": good},
+        {"url": COMPLETIONS, "body": good},
+        "[]",
+        '{"custom_id": "p", "url": "/v1/comple',
+    ]
+    data = written(tmp_path / "batch.jsonl", [first, *rest])
+    index = run(addresses["generation"], data, output, FP32, "chunk_rows=7")
+    assert index is not None and (index.rows, index.failed) == (18, 14)
+    assert [each["custom_id"] for each in lines(output, "output")] == ["a", "b", "c", "d"]
+    errors = lines(output, "errors")
+    assert [each["custom_id"] for each in errors] == [*"efghijklm", "n\ud800", 5, None, None, None]
+    for each in errors:
+        assert (each["response"] is None) != (each["error"] is None)
+    by_id = {each["custom_id"]: each for each in errors}
+    assert "no column 'url'; there are 'custom_id', 'method'" in by_id["f"]["error"]["message"]
+    assert "'method': must be POST, got 'PUT'" in by_id["e"]["error"]["message"]
+    again = written(tmp_path / "twice.jsonl", [first, {"custom_id": "a", "body": good}])
+    with pytest.raises(DataError, match=r"twice.jsonl, row 2, column 'custom_id': duplicate: 'a'"):
+        run(addresses["generation"], again, str(tmp_path / "twice"), FP32)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_tables_of_requests_need_no_method(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, ending: str
+) -> None:
+    """One file may have the column, and another not."""
+    one = {"custom_id": ["a", "b"], "url": [COMPLETIONS] * 2, "body": ["{}", "{}"]}
+    two = {**one, "custom_id": ["c", "d"], "verb": ["", "GET"]}
+    (tmp_path / "data").mkdir()
+    for name, columns in (("1", one), ("2", two)):
+        table, file = pyarrow.table(columns), tmp_path / "data" / f"{name}.{ending}"
+        if ending == "csv":
+            pyarrow.csv.write_csv(table, file)
+        else:
+            pyarrow.parquet.write_table(table, file)
+    words = [addresses["generation"], str(tmp_path / "data"), output, FP32, "columns.method=verb"]
+    task, plan = planned(read_settings(words))
+    entries = [
+        entry for part in range(len(plan.parts)) for c in chunks(plan, part) for entry in c.entries
+    ]
+    assert task.is_batch
+    rows = [entry.row for entry in entries if entry.row is not None]
+    assert [row.value("custom_id") for row in rows] == ["a", "b", "c", "d"]
+    assert [row.values.get("method") for row in rows] == [None, None, "", "GET"]
 
 
 def test_a_batch_file_of_embeddings_needs_no_other_setting(

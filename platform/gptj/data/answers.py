@@ -52,6 +52,7 @@ class Plan:
     settings: Mapping[str, Any]  # the model and what it is asked, as plain values
     whole: bool = False  # one file of outputs and one of errors, instead of one for each chunk
     stamps: tuple[str, ...] = ()  # versions of all files in their order
+    optional: tuple[str, ...] = ()  # columns, ours, that rows may have
 
     @classmethod
     def of(
@@ -64,6 +65,7 @@ class Plan:
         chunk_rows: int = CHUNK_ROWS,
         settings: Mapping[str, Any],
         whole: bool = False,
+        optional: Sequence[str] = (),
     ) -> Plan:
         """DataError, StorageError: if the address has no readable files."""
         files = data_files(address)
@@ -78,6 +80,7 @@ class Plan:
             settings,
             whole,
             tuple(file.version for file in files),
+            tuple(optional),
         )
 
     @property
@@ -100,6 +103,7 @@ class Entry:
     number: int | None  # as Row.number; None: unknown
     row: Row | None
     problem: str = ""  # if row is None
+    values: Mapping[str, Any] = field(default_factory=dict)  # that a bad row has, by our names
 
     @property
     def key(self) -> dict[str, Any]:
@@ -122,7 +126,7 @@ class Chunk:
     def digest(self) -> str:
         digest = hashlib.sha256()
         for each in self.entries:
-            values = None if each.row is None else each.row.values
+            values = (each.values or None) if each.row is None else each.row.values
             content = json.dumps([each.file, each.number, values, each.problem], default=str)
             digest.update(content.encode(errors="surrogatepass"))
         return digest.hexdigest()
@@ -212,6 +216,7 @@ def clear(folder: str, lease: Lease | None = None) -> None:
 
 def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
     now = json.loads(plan.to_json())
+    before = {"optional": [], **before}  # which earlier plans lack
     # Copied files have other stamps but the same rows; chunks' digests detect real changes.
     if different := [key for key in now if key != "stamps" and before.get(key) != now[key]]:
         inner = before.get("settings"), now["settings"]
@@ -268,11 +273,16 @@ def _entries(plan: Plan, file: str, name: str) -> Iterator[Entry]:
     bad: list[Entry] = []  # since the last good row
 
     def on_bad(error: DataError) -> None:
-        bad.append(Entry(name, error.number, None, str(error)))
+        bad.append(Entry(name, error.number, None, str(error), error.values))
 
     try:
         for row in read_rows(
-            file, plan.columns, plan.names, delimiter=plan.delimiter, on_bad=on_bad
+            file,
+            plan.columns,
+            plan.names,
+            optional=plan.optional,
+            delimiter=plan.delimiter,
+            on_bad=on_bad,
         ):
             yield from bad
             bad.clear()

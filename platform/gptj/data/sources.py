@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from gptj import storage
 from gptj.data import hub, samples
@@ -17,6 +18,7 @@ from gptj.data.formats import READABLE, Format, format_of, is_typed, read_record
 from gptj.data.records import (
     BadFileError,
     BadRecordError,
+    Columns,
     DamagedFileError,
     MissingColumnsError,
     Record,
@@ -43,6 +45,7 @@ def read_rows(
     needed: Sequence[str],
     columns: Mapping[str, str] | None = None,
     *,
+    optional: Sequence[str] = (),
     delimiter: str | None = None,
     on_bad: Callable[[DataError], None] = refuse_row,
 ) -> Iterator[Row]:
@@ -53,6 +56,7 @@ def read_rows(
             stands for any part of a name, or `sample://…`.
         needed: required columns, by our names; others are dropped (in Parquet, not even read).
         columns: our name of a column -> its name in the files, if different.
+        optional: further columns, of those rows that have them.
         delimiter: of CSV files; None: detected from each file's header.
         on_bad: receives the error of a single row, which is then skipped; errors that make the rest
             of a file unreadable are raised.
@@ -64,14 +68,15 @@ def read_rows(
         AddressError: if the address is invalid.
         StorageError: if there is nothing at the address, or it cannot be reached.
     """
-    names = {ours: (columns or {}).get(ours, ours) for ours in needed}
+    names = {ours: (columns or {}).get(ours, ours) for ours in (*needed, *optional)}
+    required = {ours: names[ours] for ours in needed}
     address = normalized(address, samples=True)
     if address.startswith(SAMPLE):
         try:
             records = enumerate(samples.read(address), 1)
         except ValueError as error:
             raise DataError(str(error)) from error
-        return _rows(((address, True, record) for record in records), names, address)
+        return _rows(((address, True, record) for record in records), names, required, address)
     files = _files(address)
     if delimiter is not None and any(format.kind != "csv" for _, format in files):
         raise DataError(f"data.delimiter={delimiter!r} is for CSV, but {address} has other files")
@@ -79,9 +84,10 @@ def read_rows(
         (
             (file.address, is_typed(file.address), record)
             for file, format in files
-            for record in _read(file.address, format, names, delimiter, on_bad)
+            for record in _read(file.address, format, names, required, delimiter, on_bad)
         ),
         names,
+        required,
         address,
     )
 
@@ -185,17 +191,24 @@ def in_parts(files: Iterable[storage.FileInfo]) -> tuple[tuple[str, ...], ...]:
 
 
 def _rows(
-    records: Iterable[tuple[str, bool, Record]], names: Mapping[str, str], address: str
+    records: Iterable[tuple[str, bool, Record]],
+    names: Mapping[str, str],
+    required: Mapping[str, str],
+    address: str,
 ) -> Iterator[Row]:
     """Records as rows, with columns renamed to ours."""
     source = None
     for source, typed, (number, values) in records:
-        if any(theirs not in values for theirs in names.values()):
-            raise _missing(source, names, MissingColumnsError(number, list(values)))
-        renamed = {ours: values[theirs] for ours, theirs in names.items()}
+        if any(theirs not in values for theirs in required.values()):
+            raise _missing(source, required, MissingColumnsError(number, list(values)))
+        renamed = _renamed(values, names)
         yield Row(renamed, source, number, names, typed)
     if source is None:
         raise NoRowsError(f"{address} has no rows")
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: values[theirs] for ours, theirs in names.items() if theirs in values}
 
 
 def _refuse_missing(error: DataError) -> None:
@@ -316,18 +329,26 @@ def _read(
     address: str,
     format: Format,
     names: Mapping[str, str],
+    required: Mapping[str, str],
     delimiter: str | None,
     on_bad: Callable[[DataError], None],
 ) -> Iterator[Record]:
     """The records of one file; every error becomes a DataError that names it."""
     number = 0
-    wanted = list(dict.fromkeys(names.values()))
+    needed = tuple(dict.fromkeys(required.values()))
+    others = dict.fromkeys(theirs for theirs in names.values() if theirs not in needed)
+    wanted = Columns(needed, tuple(others))
 
     def named(error: BadRecordError | MissingColumnsError) -> DataError:
+        found: DataError
         if isinstance(error, MissingColumnsError):
-            return _missing(address, names, error)
-        column = f", column {error.column!r}" if error.column is not None else ""
-        return DataError(f"{address}, row {error.number}{column}: {error}", error.number)
+            found = _missing(address, required, error)
+        else:
+            column = f", column {error.column!r}" if error.column is not None else ""
+            place = f"{address}, row {error.number}{column}"
+            found = DataError(f"{place}: {error}", error.number)
+        found.values = _renamed(error.values, names)
+        return found
 
     def bad(error: BadRecordError | MissingColumnsError) -> None:
         if on_bad is refuse_row:
