@@ -775,6 +775,16 @@ def test_lines_are_json_whatever_a_table_has(tmp_path: Path) -> None:
         assert found["text"] == odd["text"]
 
 
+@pytest.mark.parametrize("root", ["s3://bucket/rows", "/data/rows", "hf://datasets/a/b", "/"])
+def test_files_are_named_relative_to_their_folder(root: str) -> None:
+    names = ["0.jsonl", "a/1.jsonl", "ab/2.jsonl"]
+    files = [storage.join(root, name) for name in names]
+    for chosen in (files, files[1:], files[:1]):
+        plan = Plan(root, (tuple(chosen),), (1,) * len(chosen), ("text",), {}, None, 1, {})
+        relative = [file[len(plan.folder) :].lstrip("/") for file in chosen]
+        assert relative == [file.removeprefix(root).lstrip("/") for file in chosen]
+
+
 def test_answers_keep_the_rows_order_beyond_100_000_chunks(tmp_path: Path) -> None:
     """From 100,000 on their numbers have a digit more."""
     plan = Plan("rows.jsonl", (("rows.jsonl",),), (1,), ("text",), {}, None, 1, {}, whole=True)

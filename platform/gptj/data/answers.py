@@ -89,7 +89,9 @@ class Plan:
         files = [file for part in self.parts for file in part]
         if files[0].startswith(SAMPLE):
             return ""
-        return posixpath.commonpath([posixpath.dirname(file) for file in files])
+        scheme = files[0][: files[0].find("://") + 3] if "://" in files[0] else ""
+        names = [posixpath.dirname(file.removeprefix(scheme)) for file in files]
+        return scheme + posixpath.commonpath(names)  # of which // would become /
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True, default=str)
