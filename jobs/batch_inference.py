@@ -41,10 +41,12 @@ if __name__ == "__main__":
     help_if_asked(sys.argv[1:], __doc__)  # before the imports, which take seconds
 
 import asyncio
+import hashlib
 import logging
 import pickle
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,6 +63,7 @@ from pydantic import (
 )
 
 from deployments.device import replica_device
+from deployments.generation import Arguments as GenerationArguments
 from deployments.in_process import (
     ARGUMENTS,
     EMBEDDINGS,
@@ -71,16 +74,33 @@ from deployments.in_process import (
 )
 from deployments.loading import Arguments, check
 from gptj import storage
-from gptj.adapters.base import digest_of
-from gptj.checkpoints.folder import ModelFolder
+from gptj.adapters.base import Base
+from gptj.chat import read_template
+from gptj.checkpoints.folder import ADAPTER_CONFIG, ModelFolder, check_outside
 from gptj.config import GPTJConfig
-from gptj.data.answers import CHUNK_ROWS, Chunk, Entry, Index, Plan, Record, begin, chunks, finish
+from gptj.data.answers import (
+    CHUNK_ROWS,
+    FILES,
+    Chunk,
+    Entry,
+    Index,
+    Plan,
+    Record,
+    begin,
+    chunks,
+    clear,
+    finish,
+    lease_of,
+)
+from gptj.data.answers import check as check_folder
 from gptj.data.answers import write as write_chunk
 from gptj.data.rows import DataError, MissingColumnError, Row, shown
-from gptj.data.sources import find_columns, read_rows
+from gptj.data.sources import check_apart, find_columns, read_rows
 from gptj.environment.extras import MissingPackageError, missing
+from gptj.serving.adapters import address_below
 from gptj.serving.errors import APIError, ModelError, OverloadedError, UnavailableError
 from gptj.storage.addresses import absolute, normalized
+from gptj.storage.lease import TERM_SECONDS, Claim, Lease, LeaseHeldError, LeaseLostError
 from gptj.training.sections import Delimiter, is_text
 from gptj.workers.errors import QueueFullError
 from gptj_jobs.key_value import checked, parsed_yaml
@@ -100,6 +120,7 @@ try:
     import ray.data
     from ray.exceptions import RayError
 
+    from gptj_jobs.holding import hold
     from gptj_jobs.ray_errors import reason
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/batch_inference.py", extra="train") from error
@@ -162,7 +183,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         settings = read_settings(words)
         index = answer_all(settings)
-    except (ValueError, OSError) as error:  # users' errors need no traceback
+    except (ValueError, OSError, LeaseLostError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
     except RayError as error:
         sys.exit(
@@ -217,39 +238,75 @@ def answer_all(settings: Settings) -> Index:
     storage.check_writable(folder)
     if task.is_batch:
         check_custom_ids(plan)
-    if (done := begin(plan, folder)) is not None:
-        logger.info("%s is already complete", folder)
-        return done
+    if (done := check_folder(plan, folder)) is not None:
+        clear(folder)  # left if killed after finishing
+        return _already(folder, done)
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
+    holder = hold(folder, _in_use(folder), "OUTPUT")
     on_gpu, workers = _workers(settings)
-    logger.info(
-        "%s of %s: %d files of %.1f MB, %d workers on %s",
-        task.service,
-        plan.address,
-        len(plan.sizes),
-        sum(plan.sizes) / 1e6,
-        workers,
-        "GPUs" if on_gpu else "CPUs",
-    )
-    return finish(plan, folder, list(_records(plan, folder, task, settings, on_gpu, workers)))
+    with holding(folder) as lease:
+        if (done := begin(plan, folder, lease)) is not None:  # meanwhile, by the last holder
+            return _already(folder, done)
+        logger.info(
+            "%s of %s: %d files of %.1f MB, %d workers on %s",
+            task.service,
+            plan.address,
+            len(plan.sizes),
+            sum(plan.sizes) / 1e6,
+            workers,
+            "GPUs" if on_gpu else "CPUs",
+        )
+        records = list(_records(plan, folder, task, settings, on_gpu, workers, lease.claim))
+        index = finish(plan, folder, records, lease)
+    del holder  # until here, this reference held the folder
+    return index
+
+
+def _already(folder: str, index: Index) -> Index:
+    logger.info("%s is already complete", folder)
+    return index
+
+
+@contextmanager
+def holding(folder: str, *, term: float = TERM_SECONDS) -> Iterator[Lease]:
+    """Hold the lease of a folder of answers in the block. ValueError if another process does.
+
+    Args:
+        term: seconds without a sign of life after which a holder on another machine is taken for
+            dead.
+    """
+    try:
+        lease = lease_of(folder, term=term)
+    except LeaseHeldError as error:
+        raise ValueError(
+            f"{_in_use(folder)}: {error}. Wait for it to end, stop it, or choose another OUTPUT"
+        ) from error
+    with lease, storage.fenced(folder, lease.claim.check):
+        yield lease
+
+
+def _in_use(folder: str) -> str:
+    return f"another job is writing its answers to {folder}"
 
 
 def planned(settings: Settings) -> tuple[Task, Plan]:
     """The task and plan, after all checks that need neither a cluster nor weights."""
     address = absolute(settings.input, samples=True)
+    check_apart(address, settings.output, FILES)
     checkpoint = settings.checkpoint
     if Path(checkpoint).exists():  # otherwise it may be a hub id
         checkpoint = absolute(checkpoint)
+    check_outside(settings.output, checkpoint)
     revision = settings.args.get("revision")
     with ModelFolder.open(checkpoint, revision=revision) as model:
         service = settings.service or service_of(GPTJConfig.from_folder(model), checkpoint)
-        digest = digest_of(model)
+        digests = {"digest": _identity(model)}
     # From the first readable row; unreadable ones become errors of their own.
     columns = find_columns(
         address,
-        [(*kind, *settings.keep) for kind in (*KINDS[service], BATCH, (*BATCH, METHOD))],
-        settings.columns,
+        [(*kind, *settings.keep) for kind in (*KINDS[service], BATCH)],
+        {ours: theirs for ours, theirs in settings.columns.items() if ours != METHOD},
         delimiter=settings.delimiter,
         skip_bad=True,
     )
@@ -274,6 +331,9 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
     check(HEADS[service], arguments)
     if not is_batch:
         check_parameters(service, columns, settings.parameters)
+    if isinstance(arguments, GenerationArguments):
+        names = _asked_models(settings, address, columns, arguments, is_batch)
+        digests |= _further_digests(arguments, names)
     task = Task(service, arguments, settings.parameters, settings.keep, is_batch)
     plan = Plan.of(
         address,
@@ -283,14 +343,70 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
         chunk_rows=settings.chunk_rows,
         settings={
             "checkpoint": checkpoint,
-            "digest": digest,
+            **digests,
             "service": service,
             "args": settings.args,
             "parameters": settings.parameters,
         },
         whole=is_batch,
+        optional=(METHOD,) if is_batch else (),
     )
     return task, plan
+
+
+def _identity(model: ModelFolder) -> str:
+    """A model's; with its base's, if it is an adapter, which is merged into it."""
+    if not model.is_adapter:
+        return model.identity
+    base = Base.of(model)
+    with ModelFolder.open(base.address, revision=base.revision, files=()) as folder:
+        return f"{model.identity} {folder.identity}"
+
+
+def _asked_models(
+    settings: Settings,
+    address: str,
+    columns: Sequence[str],
+    arguments: GenerationArguments,
+    is_batch: bool,
+) -> set[str]:
+    """What requests have as their `model`, if there is a folder in which it names an adapter."""
+    if arguments.adapter_root is None:
+        return set()
+    if not is_batch:
+        return {name for name in (settings.parameters.get("model"),) if isinstance(name, str)}
+    rows = read_rows(
+        address, columns, settings.columns, delimiter=settings.delimiter, on_bad=lambda _: None
+    )
+    bodies = (row.values.get("body") for row in rows)
+    names = (body.get("model") for body in bodies if isinstance(body, dict))
+    return {name for name in names if isinstance(name, str)}
+
+
+def _further_digests(arguments: GenerationArguments, names: Collection[str]) -> dict[str, Any]:
+    """Of what answers depend on besides the checkpoint; only what there is.
+
+    Args:
+        names: of adapters below the root, perhaps, which are loaded when they are first asked for.
+    """
+    found: dict[str, Any] = {}
+    addresses: dict[str, str] = {}
+    if arguments.adapter_root is not None:
+        below = {name: address_below(arguments.adapter_root, name) for name in sorted(names)}
+        addresses = {name: address for name, address in below.items() if address is not None}
+    adapters: dict[str, str] = {}
+    for name, address in {**addresses, **arguments.adapters}.items():
+        named = name in arguments.adapters
+        if not named and not storage.exists(storage.join(address, ADAPTER_CONFIG)):
+            continue  # the base's own name, or nothing's, which the rows' errors say
+        with ModelFolder.open(address) as folder:
+            adapters[name] = folder.identity
+    if adapters:
+        found["adapter_digests"] = adapters
+    if arguments.chat_template is not None:
+        template = read_template(arguments.chat_template)
+        found["template_digest"] = hashlib.sha256(template.encode()).hexdigest()
+    return found
 
 
 def _first_row(settings: Settings, address: str, columns: Sequence[str]) -> Row:
@@ -311,12 +427,16 @@ def check_custom_ids(plan: Plan) -> None:
     for part in range(len(plan.parts)):
         for chunk in chunks(plan, part):
             for entry in chunk.entries:
-                value = None if entry.row is None else entry.row.value("custom_id")
+                values = entry.values if entry.row is None else entry.row.values
+                value = values.get("custom_id")
                 if not isinstance(value, str):
                     continue
                 if value in seen:
-                    assert entry.row is not None
-                    raise entry.row.error("custom_id", f"duplicate: {shown(value)}")
+                    name = plan.names.get("custom_id", "custom_id")
+                    file = entry.file if entry.row is None else entry.row.source
+                    raise DataError(
+                        f"{file}, row {entry.number}, column {name!r}: duplicate: {shown(value)}"
+                    )
                 seen.add(value)
 
 
@@ -340,7 +460,13 @@ def _workers(settings: Settings) -> tuple[bool, int]:
 
 
 def _records(
-    plan: Plan, folder: str, task: Task, settings: Settings, on_gpu: bool, workers: int
+    plan: Plan,
+    folder: str,
+    task: Task,
+    settings: Settings,
+    on_gpu: bool,
+    workers: int,
+    claim: Claim,
 ) -> Iterator[Record]:
     """Records of chunks as they are written, in any order."""
     context = ray.data.DataContext.get_current()
@@ -353,7 +479,7 @@ def _records(
     read = parts.map_batches(partial(_read, plan=shared, folder=folder), batch_size=1, num_cpus=0.5)
     written = read.map_batches(
         Worker,
-        fn_constructor_args=(task, shared, folder),
+        fn_constructor_args=(task, shared, folder, claim),
         batch_size=1,
         num_cpus=settings.cpus,
         num_gpus=1 if on_gpu else 0,
@@ -392,14 +518,21 @@ def _read(batch: dict[str, Any], plan: Any, folder: str) -> Iterator[dict[str, A
 
 
 class Worker:
-    """An actor with the model: chunks in, records of the written answers out."""
+    """An actor with the model: chunks in, records of the written answers out.
 
-    def __init__(self, task: Task, plan: Any, folder: str) -> None:
+    Args:
+        claim: of the folder's lease; once it is lost, nothing is written.
+    """
+
+    def __init__(self, task: Task, plan: Any, folder: str, claim: Claim | None = None) -> None:
         self._answerer: Answerer | str
+        self._fenced = ExitStack()  # for as long as this process lives
         try:
             storage.be_patient((task.arguments.checkpoint, folder))
+            if claim is not None:
+                self._fenced.enter_context(storage.fenced(folder, claim.check))
             service = InProcessService.load(task.service, task.arguments, replica_device())
-            self._answerer = Answerer(service, task, ray.get(plan), folder)
+            self._answerer = Answerer(service, task, ray.get(plan), folder, claim)
         except (ValueError, OSError, RuntimeError, MissingPackageError) as error:
             # RuntimeError: the device lacks something, such as fp8 or memory.
             self._answerer = f"the model cannot be loaded: {error}"
@@ -416,14 +549,22 @@ class Worker:
             return self._answerer
         try:
             return await self._answerer.answer(item)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, LeaseLostError) as error:
             return str(error)
 
 
 class Answerer:
     """Answers chunks with a service, and writes the answers."""
 
-    def __init__(self, service: InProcessService, task: Task, plan: Plan, folder: str) -> None:
+    def __init__(
+        self,
+        service: InProcessService,
+        task: Task,
+        plan: Plan,
+        folder: str,
+        claim: Claim | None = None,
+    ) -> None:
+        self._claim = claim
         self._service = service
         self._task = task
         self._plan = plan
@@ -432,7 +573,10 @@ class Answerer:
         self._room = asyncio.Semaphore(AHEAD * service.rows_at_once)
 
     async def answer(self, chunk: Chunk) -> Record:
-        """Raises DataError or StorageError, and RuntimeError if the model has stopped working."""
+        """Raises DataError, StorageError or LeaseLostError.
+
+        Raises RuntimeError if the model has stopped working.
+        """
         one = self._request if self._task.is_batch else self._row
         found = await asyncio.gather(
             *(one(chunk, place, entry) for place, entry in enumerate(chunk.entries))
@@ -440,7 +584,7 @@ class Answerer:
         outputs = [line for is_good, line in found if is_good]
         errors = [line for is_good, line in found if not is_good]
         return await asyncio.to_thread(
-            write_chunk, self._plan, self._folder, chunk, outputs, errors
+            write_chunk, self._plan, self._folder, chunk, outputs, errors, self._claim
         )
 
     async def _row(self, chunk: Chunk, place: int, entry: Entry) -> tuple[bool, dict[str, Any]]:
@@ -461,11 +605,12 @@ class Answerer:
     async def _request(self, chunk: Chunk, place: int, entry: Entry) -> tuple[bool, dict[str, Any]]:
         """As `_row`, for a request of OpenAI's batch file."""
         number = f"{chunk.name}-{place}".replace("-", "_")
-        line: dict[str, Any] = {"id": f"batch_req_{number}", "custom_id": None}
+        values = entry.values if entry.row is None else entry.row.values
+        line = {"id": f"batch_req_{number}", "custom_id": values.get("custom_id")}
         if entry.row is None:
             return False, {**line, "response": None, "error": _no_request(entry.problem)}
         try:
-            line["custom_id"] = entry.row.text("custom_id")
+            entry.row.text("custom_id")
             url = entry.row.text("url")
             if (method := entry.row.values.get(METHOD) or "POST") != "POST":
                 raise entry.row.error(METHOD, f"must be POST, got {shown(method)}")

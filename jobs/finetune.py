@@ -101,7 +101,8 @@ def main() -> None:
             return
         check_address()
         ray.init(logging_level=logging.WARNING)
-        stop_signal = hold(settings.run, settings.folder)
+        use = f"the run {settings.run!r} is already being trained"
+        stop_signal = hold(settings.folder, use, "run=")
         on_gpu = check_workers(settings)
     except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
@@ -111,10 +112,7 @@ def main() -> None:
     except storage.StorageError as error:
         sys.exit(f"error: {error}")
     except LeaseHeldError as error:
-        sys.exit(
-            f"error: the run {settings.run!r} is already being trained: {error}. Wait for it to "
-            f"end, or choose another run="
-        )
+        sys.exit(f"error: {use}: {error}. Wait for it to end, or choose another run=")
     submission = uuid.uuid4().hex
     with lease, shared_scratch_folder(f"data-{submission}") as shared:
         fine_tune(settings, on_gpu, lease.claim, submission, shared, stop_signal)

@@ -49,9 +49,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from gptj import storage
 from gptj.chat import read_template
+from gptj.checkpoints.folder import check_outside
 from gptj.data.prepared import Index
-from gptj.data.preparing import CHUNK_CHARACTERS, Plan, begin, finish, tokenizer_at
+from gptj.data.preparing import CHUNK_CHARACTERS, FILES, Plan, begin, finish, tokenizer_at
 from gptj.data.shards import TaskName
+from gptj.data.sources import check_apart
 from gptj.environment.extras import missing
 from gptj.storage.addresses import absolute, normalized
 from gptj.training.sections import Delimiter, ProblemType
@@ -139,9 +141,11 @@ def read_settings(words: Sequence[str]) -> Settings:
 def prepare(settings: Settings) -> Index:
     """Prepare what is left. DataError, StorageError: if data cannot be read or written."""
     folder = absolute(settings.destination)
+    check_apart(settings.data, folder, FILES)
     address = settings.tokenizer
     if Path(address).exists():  # otherwise it may be a hub id
         address = absolute(address)
+    check_outside(folder, address)
     template = settings.chat_template
     source = None if template is None else read_template(template)
     load = partial(tokenizer_at, address, settings.revision, source)

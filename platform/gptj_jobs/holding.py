@@ -1,7 +1,7 @@
-"""Holds a run on its cluster, so that another job that would train it ends at once.
+"""Holds a folder on its cluster, so that another job that would write to it ends at once.
 
-The run's lease in its folder is what protects it, also from other clusters. But a job reaches
-the lease only once there is room for its workers, and may need a minute to tell whether it is held.
+The lease in the folder is what protects it, also from other clusters. But a job reaches the lease
+only once there is room for its workers, and may need a minute to tell whether it is held.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ from gptj_jobs.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "gptj-runs"  # of the actors, each named after its run's folder
+NAMESPACE = "gptj-runs"  # of the actors, each named after its folder
 ANSWER_SECONDS = 5.0
 DEAD_SECONDS = 60.0  # Ray needs half of it to find that a node is dead, and with it a holder
 SUBMISSION = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in a submitted job's driver
 
 
-def hold(run: str, folder: str) -> ActorHandle[Any]:
-    """The run's stop signal: an actor that ends with this driver, or once no handle to it is left.
+def hold(folder: str, use: str, other: str) -> ActorHandle[Any]:
+    """The job's stop signal: an actor that ends with this driver, or once no handle to it is left.
 
-    SettingsError, naming the holder, if another driver on the cluster holds the run.
+    SettingsError, naming the holder, if another driver on the cluster holds the folder.
+
+    Args:
+        use: what is then in use, in words, such as "the run 'a' is already being trained".
+        other: what to choose instead.
     """
     # On the driver's node: on another it would end with that node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -49,14 +53,14 @@ def hold(run: str, folder: str) -> ActorHandle[Any]:
             owner = _owner(folder)
         if owner is not None or time.monotonic() > deadline:
             raise SettingsError(
-                f"the run {run!r} is already being trained: {owner or 'another process'} is still "
-                f"running. Wait for it to end, stop it, or choose another run="
+                f"{use}: {owner or 'another process'} is still running. Wait for it to end, stop "
+                f"it, or choose another {other}"
             )
         time.sleep(0.2)
 
 
 def _owner(folder: str) -> str | None:
-    """Who holds a run; None if the holder has gone, is starting, or is on a node that is lost."""
+    """Who holds a folder; None if the holder has gone, is starting, or its node is lost."""
     try:
         holder = ray.get_actor(folder, namespace=NAMESPACE)
         return str(ray.get(holder.owner.remote(), timeout=ANSWER_SECONDS))

@@ -23,7 +23,7 @@ from gptj.serving.errors import APIError
 from gptj.training.tasks import task_of
 
 BATCH = ("custom_id", "url", "body")  # OpenAI's batch files
-METHOD = "method"  # which they should have, too
+METHOD = "method"  # of them; rows without it are POSTs
 # Our names of the columns that each service reads, for each kind of rows: training's, without the
 # targets.
 KINDS: Mapping[ServiceName, tuple[tuple[str, ...], ...]] = {

@@ -17,6 +17,7 @@ from serving_models import Models
 
 from gptj import storage
 from gptj.checkpoints.manifest import verify
+from gptj.data.answers import lease_of
 from gptj_local.processes import running, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
@@ -46,7 +47,7 @@ def command(output: str, *words: str, model: str = MODEL, data: str = DATA) -> l
 
 def records(output: str) -> int:
     files = storage.list_files(f"{output}/unfinished")
-    return sum(file.name != "plan.json" for file in files)
+    return sum(file.name != "plan.json" and "/" not in file.name for file in files)
 
 
 def wait_for_records(output: str, count: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -90,6 +91,14 @@ def test_each_row_has_one_answer_despite_killed_processes(
         if file.name.startswith("output-")
     }
     assert before
+
+    with lease_of(output):  # as by a job on another cluster
+        other = command(output, slow)
+        refused = subprocess.run(other, env=cluster, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith(
+        f"error: another job is writing its answers to {output}: process {os.getpid()} on "
+    )
 
     log = tmp_path / "log-2"
     with running(command(output, slow, "workers=2"), environment=cluster, log=log) as process:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ from gptj import (
     GPTJTokenizer,
     storage,
 )
+from gptj.checkpoints.folder import check_outside
 from gptj.checkpoints.manifest import verify
 from gptj.checkpoints.weights import read_weights
 from gptj.errors import CheckpointError
+from gptj.interop.exporter import export_weights
 from gptj.interop.importer import import_weights
+from gptj.interop.merging import merge_adapter
 from gptj.pretrained import GPTJPreTrainedModel
+from gptj.quantization.quantizer import quantize_model
 from gptj_local.s3 import LocalS3
 
 JOB = Path(__file__).parents[2] / "jobs" / "import_weights.py"
@@ -218,6 +223,51 @@ def test_a_finished_folder_is_not_overwritten(
     check_equal(destination, model)
 
 
+CONVERSIONS: dict[str, Callable[[str, str, str], object]] = {  # of a model and another folder
+    "import": lambda model, other, to: import_weights(model, to),
+    "import, from the tokenizer's": lambda model, other, to: import_weights(
+        other, to, tokenizer=model
+    ),
+    "export": lambda model, other, to: export_weights(model, to, format="flax"),
+    "quantize": lambda model, other, to: quantize_model(model, to, None),
+    "merge, from the base's": lambda model, other, to: merge_adapter(model, other, to),
+    "merge, from the adapter's": lambda model, other, to: merge_adapter(other, model, to),
+}
+
+
+@pytest.mark.parametrize("place", ["absolute", "relative", "linked", "s3"])
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_a_folder_within_a_source_is_refused(
+    conversion: str,
+    place: str,
+    model: GPTJForCausalLM,
+    tmp_path: Path,
+    s3: LocalS3,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would not be in the source's manifest, which would then count as damaged."""
+    monkeypatch.chdir(tmp_path)
+    source = f"s3://gptj/{tmp_path.name}/m" if place == "s3" else str(tmp_path / "m")
+    model.save_pretrained(source)
+    parent = {"relative": "m", "linked": "link"}.get(place, source)
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    for destination in (f"{parent}/int4", f"{parent}/a/b", parent):
+        with pytest.raises(ValueError, match=r"is within .* no longer match its manifest; remedy"):
+            CONVERSIONS[conversion](source, str(tmp_path / "other"), destination)
+    verify(source)
+
+
+def test_a_folder_beside_a_source_or_named_like_a_hub_id_is_not_within_it(
+    model: GPTJForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("m")
+    for destination in ("m-int4", "a/m", "./m2"):
+        import_weights("m", destination)
+        verify(destination)
+    check_outside("owner/model/int4", "owner/model")
+
+
 def test_a_damaged_folder_of_ours_is_refused(model: GPTJForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "source"))
     path = tmp_path / "source" / "model.safetensors"
@@ -367,7 +417,9 @@ def test_a_hub_id_imports_at_its_revision(model: GPTJForCausalLM, tmp_path: Path
     others = {path.name: path.read_bytes() for path in flax.iterdir()}
     program = f"""
 import sys
+from gptj.interop.exporter import export_weights
 from gptj.interop.importer import import_weights
+from gptj.interop.merging import merge_adapter
 import_weights({REPOSITORY!r}, "ours")
 import_weights({REPOSITORY!r}, "flax", revision="old")
 """

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import json
 import math
+import os
 import pickle
+import re
 import shutil
+import socket
 import struct
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from datetime import date
@@ -18,6 +23,7 @@ from typing import Any
 
 import httpx
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
@@ -28,11 +34,15 @@ from serving_models import PROMPTS, SENTENCES, TEMPLATE, Models
 
 from deployments.in_process import InProcessService
 from gptj import storage
+from gptj.adapters.base import Base
+from gptj.adapters.config import LoRAConfig
+from gptj.adapters.lora import adapter_parameters, add_lora
 from gptj.checkpoints.manifest import verify
 from gptj.data.answers import Chunk, Entry, Index, Plan, Record, begin, chunks, finish, write
 from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
 from gptj.serving.errors import UnavailableError
+from gptj.storage.lease import Claim, LeaseLostError
 from jobs import batch_inference
 from jobs.batch_inference import (
     Answerer,
@@ -40,6 +50,7 @@ from jobs.batch_inference import (
     Worker,
     _pickled,
     check_custom_ids,
+    holding,
     main,
     planned,
     read_settings,
@@ -203,6 +214,108 @@ def test_answers_are_to_the_rows_that_the_files_have(
         run(*words)
 
 
+def save_adapter(models: Models, base: str, folder: Path, seed: int, *, as_peft: bool) -> None:
+    """An adapter of the base with random weights; `as_peft` leaves out what PEFT does not write."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model = copy.deepcopy(models.with_unused_ids())
+    add_lora(model, LoRAConfig(2))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_(std=0.5)
+    model.save_adapter(str(folder), base=Base.at(base))
+    if as_peft:
+        for name in ("manifest.json", "base.json", "config.json", "training.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("as_peft", [False, True])
+@pytest.mark.parametrize("place", ["adapters", "adapter_root", "batch file", "checkpoint"])
+def test_a_replaced_adapter_is_not_taken_for_the_one_that_answered(
+    addresses: Mapping[str, str],
+    models: Models,
+    tmp_path: Path,
+    output: str,
+    place: str,
+    as_peft: bool,
+) -> None:
+    """Whether the run is complete or not: its answers would be the old adapter's, or of both."""
+    base = addresses["generation"]
+    adapter = tmp_path / "root" / "style"
+    save_adapter(models, base, adapter, 0, as_peft=as_peft)
+    if place == "checkpoint":
+        models.tokenizer.save_pretrained(adapter)  # it needs none of the base's
+    data = written(tmp_path / "rows.jsonl", [{"text": SENTENCES[n]} for n in range(2)])
+    words = [
+        base,
+        data,
+        output,
+        "chunk_rows=1",
+        "parameters.max_tokens=4",
+        "parameters.temperature=0",
+        FP32,
+    ]
+    if place == "checkpoint":
+        words[0] = str(adapter)
+    elif place == "adapters":
+        words += [f"args.adapters={{style: {adapter}}}", "parameters.model=style"]
+    else:
+        words += [f"args.adapter_root={adapter.parent}", "parameters.model=style"]
+    if place == "batch file":
+        body = {"prompt": "The tower", "max_tokens": 4, "temperature": 0}
+        asked = [
+            request(name, COMPLETIONS, **body, model=name) for name in ("style", "none", "..", "")
+        ]
+        words[1] = written(tmp_path / "batch.jsonl", [*asked, request("b", COMPLETIONS, **body)])
+        words = [word for word in words if not word.startswith("parameters.")]
+    assert run(*words, most=1) is None
+    other = [*words[:2], str(tmp_path / "complete"), *words[3:]]
+    index = run(*other)
+    assert index is not None and run(*other) == index
+    save_adapter(models, base, adapter, 1, as_peft=as_peft)
+    if place == "checkpoint":
+        models.tokenizer.save_pretrained(adapter)
+    different = "digest" if place == "checkpoint" else "adapter_digests"
+    for each in (words, other):
+        with pytest.raises(DataError, match=f"was started with different {different}: choose"):
+            run(*each)
+
+
+def test_a_replaced_template_is_not_taken_for_the_one_that_answered(
+    addresses: Mapping[str, str], tmp_path: Path, output: str
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    data = written(tmp_path / "rows.jsonl", [{"messages": HELLO}])
+    words = [addresses["generation"], data, output, f"args.chat_template={template}"]
+    assert begin(planned(read_settings(words))[1], output) is None
+    assert begin(planned(read_settings(words))[1], output) is None
+    template.write_text(TEMPLATE + "!")
+    with pytest.raises(DataError, match="was started with different template_digest: choose"):
+        begin(planned(read_settings(words))[1], output)
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_replaced_model_without_a_manifest_is_noticed(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, changed: str
+) -> None:
+    """By each of its files, whatever others, such as answers, are written into its folder."""
+    model = Path(shutil.copytree(addresses["classification"], tmp_path / "model"))
+    (model / "manifest.json").unlink()
+    data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
+    words = [str(model), data, output]
+    assert begin(planned(read_settings(words))[1], output) is None
+    (model / "answers").mkdir()
+    (model / "answers" / "output-00000-00000.jsonl").write_text("{}\n")
+    (model / "README.md").write_text("A model.")
+    assert begin(planned(read_settings(words))[1], output) is None
+    content = (model / changed).read_bytes()
+    (model / changed).unlink()
+    (model / changed).write_bytes(content)
+    with pytest.raises(DataError, match="was started with different digest: choose another"):
+        begin(planned(read_settings(words))[1], output)
+
+
 @pytest.mark.parametrize("dies", [False, True])
 def test_what_is_unavailable_is_asked_again_unless_the_model_died(
     addresses: Mapping[str, str],
@@ -315,7 +428,7 @@ def test_openais_batch_file_gives_openais_result_files(
     }  # fmt: skip
     found, errors = lines(output, "output"), lines(output, "errors")
     assert [each["custom_id"] for each in found] == ["a", "b", "c"]
-    assert [each["custom_id"] for each in errors] == [*"defghijkl", None, None]
+    assert [each["custom_id"] for each in errors] == [*"defghijkl", 5, None]
     assert len({each["id"] for each in found + errors}) == 14
     for each in found:
         assert each.keys() == {"id", "custom_id", "response", "error"}
@@ -351,6 +464,75 @@ def test_openais_batch_file_gives_openais_result_files(
     data = written(tmp_path / "twice.jsonl", [requests[0], requests[1], requests[0]])
     with pytest.raises(DataError, match="row 3, column 'custom_id': duplicate: 'a'"):
         run(addresses["generation"], data, str(tmp_path / "twice"), *words)
+
+
+@pytest.mark.parametrize("has_method", [True, False])
+def test_every_request_that_is_an_object_keeps_its_id(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, has_method: bool
+) -> None:
+    """`method` may be left out by any of them, whether the first has it or not."""
+    good = {**GREEDY, "prompt": "x"}
+    first = request("a", COMPLETIONS, **good)
+    if not has_method:
+        del first["method"]
+    rest: list[Any] = [
+        request("b", COMPLETIONS, **good),
+        {"custom_id": "c", "url": COMPLETIONS, "body": good},
+        {"custom_id": "d", "method": None, "url": COMPLETIONS, "body": good},
+        {"custom_id": "e", "method": "PUT", "url": COMPLETIONS, "body": good},
+        {"custom_id": "f", "method": "POST", "body": good},
+        {"custom_id": "g", "url": None, "body": good},
+        {"custom_id": "h", "url": COMPLETIONS},
+        {"custom_id": "i", "url": COMPLETIONS, "body": None},
+        {"custom_id": "j", "url": COMPLETIONS, "body": json.dumps(good)},
+        '{"custom_id": "k", "url": "/v1/completions", "body": {"prompt": "\\ud800"}}',
+        '{"custom_id": "l", "url": "/v1/completions", "url": "/v1/completions", "body": {}}',
+        '{"custom_id": "m", "method": "POST", "method": "POST", "url": "x", "body": {}}',
+        '{"custom_id": "n\\ud800", "url": "/v1/completions", "body": {}}',
+        {"custom_id": 5, "url": COMPLETIONS, "body": good},
+        {"url": COMPLETIONS, "body": good},
+        "[]",
+        '{"custom_id": "p", "url": "/v1/comple',
+    ]
+    data = written(tmp_path / "batch.jsonl", [first, *rest])
+    index = run(addresses["generation"], data, output, FP32, "chunk_rows=7")
+    assert index is not None and (index.rows, index.failed) == (18, 14)
+    assert [each["custom_id"] for each in lines(output, "output")] == ["a", "b", "c", "d"]
+    errors = lines(output, "errors")
+    assert [each["custom_id"] for each in errors] == [*"efghijklm", "n\ud800", 5, None, None, None]
+    for each in errors:
+        assert (each["response"] is None) != (each["error"] is None)
+    by_id = {each["custom_id"]: each for each in errors}
+    assert "no column 'url'; there are 'custom_id', 'method'" in by_id["f"]["error"]["message"]
+    assert "'method': must be POST, got 'PUT'" in by_id["e"]["error"]["message"]
+    again = written(tmp_path / "twice.jsonl", [first, {"custom_id": "a", "body": good}])
+    with pytest.raises(DataError, match=r"twice.jsonl, row 2, column 'custom_id': duplicate: 'a'"):
+        run(addresses["generation"], again, str(tmp_path / "twice"), FP32)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_tables_of_requests_need_no_method(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, ending: str
+) -> None:
+    """One file may have the column, and another not."""
+    one = {"custom_id": ["a", "b"], "url": [COMPLETIONS] * 2, "body": ["{}", "{}"]}
+    two = {**one, "custom_id": ["c", "d"], "verb": ["", "GET"]}
+    (tmp_path / "data").mkdir()
+    for name, columns in (("1", one), ("2", two)):
+        table, file = pyarrow.table(columns), tmp_path / "data" / f"{name}.{ending}"
+        if ending == "csv":
+            pyarrow.csv.write_csv(table, file)
+        else:
+            pyarrow.parquet.write_table(table, file)
+    words = [addresses["generation"], str(tmp_path / "data"), output, FP32, "columns.method=verb"]
+    task, plan = planned(read_settings(words))
+    entries = [
+        entry for part in range(len(plan.parts)) for c in chunks(plan, part) for entry in c.entries
+    ]
+    assert task.is_batch
+    rows = [entry.row for entry in entries if entry.row is not None]
+    assert [row.value("custom_id") for row in rows] == ["a", "b", "c", "d"]
+    assert [row.values.get("method") for row in rows] == [None, None, "", "GET"]
 
 
 def test_a_batch_file_of_embeddings_needs_no_other_setting(
@@ -402,6 +584,28 @@ def test_errors_are_reported_before_a_model_is_loaded(
         planned(read_settings([addresses["generation"], data, output, *words]))
 
 
+@pytest.mark.parametrize("place", ["", "/out"])
+def test_an_output_among_the_rows_is_refused_at_once(
+    addresses: Mapping[str, str], tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "rows/a.jsonl", [{"text": "x"}])
+    monkeypatch.chdir(tmp_path)
+    words = [addresses["generation"], str(tmp_path / "rows"), f"rows{place}"]
+    with pytest.raises(SystemExit, match=f"error: rows{place} is within .*remedy: a folder else"):
+        main(words)
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["a.jsonl"]
+
+
+def test_an_output_within_the_model_is_refused_at_once(
+    addresses: Mapping[str, str], tmp_path: Path
+) -> None:
+    data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
+    model = addresses["generation"]
+    with pytest.raises(SystemExit, match=r"error: .*/answers is within .*/generation, which"):
+        main([model, data, f"{model}/answers"])
+    verify(model)
+
+
 def test_text_arguments_of_the_service_stay_as_written() -> None:
     words = ["args.revision=0012345", "args.model_name=2024", "args.max_num_seqs=8"]
     assert read_settings(["m", "rows", "out", *words]).args == {
@@ -411,9 +615,9 @@ def test_text_arguments_of_the_service_stay_as_written() -> None:
     }
 
 
-def worker_reply(task: Task, plan: Plan, output: str) -> Record | str:
+def worker_reply(task: Task, plan: Plan, output: str, claim: Claim | None = None) -> Record | str:
     """What a worker makes of the first chunk, as the job's main process receives it."""
-    worker = Worker(task, plan, output)
+    worker = Worker(task, plan, output, claim)
     (reply,) = asyncio.run(worker(_pickled([next(chunks(plan, 0))])))["chunk"]
     found: Record | str = pickle.loads(reply)
     return found
@@ -450,6 +654,95 @@ def test_the_job_has_help_and_reports_errors(
         main([addresses["generation"], str(tmp_path / "none.jsonl"), str(tmp_path / "output")])
 
 
+def answering(found: Mapping[str, Any]) -> InProcessService:
+    """A service of classification that answers every row with the same."""
+
+    async def classify(request: Any) -> Any:
+        return [[found]]
+
+    return InProcessService(
+        {"/classification": classify}, lambda _: True, (), rows_at_once=1,
+        ignore_unknown_fields=False,
+    )  # fmt: skip
+
+
+TERM = 1.2  # seconds
+
+
+@pytest.mark.parametrize("kind", ["rows", "batch file"])
+def test_two_jobs_with_one_output_do_not_write_to_it_together(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, kind: str
+) -> None:
+    """A job that was taken for dead writes nothing: not in another's run, nor once it is done."""
+    if kind == "rows":
+        data = written(tmp_path / "rows.jsonl", [{"text": "x"}, {"text": "y"}])
+    else:
+        asked = [request(name, "/classification", inputs=name) for name in ("a", "b")]
+        data = written(tmp_path / "rows.jsonl", asked)
+    words = [addresses["classification"], data, output, "chunk_rows=1"]
+    task, plan = planned(read_settings(words))
+    one, two = chunks(plan, 0)
+    with holding(output, term=TERM) as first:
+        assert begin(plan, output, first) is None
+        refusal = (
+            f"another job is writing its answers to {output}: process {os.getpid()} on "
+            f"{socket.gethostname()} is still running. Wait for it to end, stop it, or choose "
+            f"another OUTPUT"
+        )
+        with pytest.raises(ValueError, match=re.escape(refusal)), holding(output, term=TERM):
+            raise AssertionError("held twice")
+        late = Answerer(answering({"label": "late"}), task, plan, output, first.claim)
+        done = asyncio.run(late.answer(one))
+        first._ended.set()  # as if it no longer ran
+        with holding(output, term=TERM) as second:
+            assert begin(plan, output, second) is None
+            for fails in (
+                lambda: asyncio.run(late.answer(two)),
+                lambda: asyncio.run(late.answer(one)),
+            ):
+                with pytest.raises(LeaseLostError, match="another process has taken over"):
+                    fails()
+            own = Answerer(answering({"label": "own"}), task, plan, output, second.claim)
+            records = [Record.find(output, one) or done, asyncio.run(own.answer(two))]
+            with pytest.raises(LeaseLostError, match="another process has taken over"):
+                finish(plan, output, records, first)
+            assert not Path(output, "manifest.json").exists()
+            finish(plan, output, records, second)
+        with pytest.raises(LeaseLostError, match="another process has taken over"):
+            asyncio.run(late.answer(one))
+    assert not Path(output, "unfinished").exists()
+    verify(output)
+    assert [str(line).count("own") for line in lines(output, "output")] == [0, 1]
+
+
+def test_a_job_that_waited_for_another_to_finish_leaves_its_answers(
+    addresses: Mapping[str, str], tmp_path: Path, output: str
+) -> None:
+    data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
+    words = [addresses["classification"], data, output, FP32]
+    index = run(*words)
+    with holding(output, term=TERM) as lease:
+        plan = planned(read_settings(words))[1]
+        assert begin(plan, output, lease) == index
+    time.sleep(TERM / 3)  # more than a renewal
+    assert not Path(output, "unfinished").exists()
+    verify(output)
+
+
+def test_a_worker_reports_in_one_line_that_its_job_has_lost_the_output(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.get", lambda value: value)  # as there is no cluster
+    data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
+    words = [addresses["classification"], data, output, FP32]
+    task, plan = planned(read_settings(words))
+    with holding(output, term=TERM) as lease:
+        assert begin(plan, output, lease) is None
+    with holding(output, term=TERM):
+        reply = worker_reply(task, plan, output, lease.claim)
+    assert isinstance(reply, str) and reply.startswith("another process has taken over")
+
+
 def test_rows_of_another_kind_are_refused(addresses: Mapping[str, str], tmp_path: Path) -> None:
     data = written(tmp_path / "rows.jsonl", [{"question": "x", "context": "y"}])
     with pytest.raises(ValueError, match=r"no column 'text'.* or .*messages"):
@@ -480,6 +773,16 @@ def test_lines_are_json_whatever_a_table_has(tmp_path: Path) -> None:
         assert found["struct"] == {"deep": [{"er": None}], "none": None}
         assert (found["decimal"], found["date"]) == (1.5, "2026-01-02")
         assert found["text"] == odd["text"]
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/rows", "/data/rows", "hf://datasets/a/b", "/"])
+def test_files_are_named_relative_to_their_folder(root: str) -> None:
+    names = ["0.jsonl", "a/1.jsonl", "ab/2.jsonl"]
+    files = [storage.join(root, name) for name in names]
+    for chosen in (files, files[1:], files[:1]):
+        plan = Plan(root, (tuple(chosen),), (1,) * len(chosen), ("text",), {}, None, 1, {})
+        relative = [file[len(plan.folder) :].lstrip("/") for file in chosen]
+        assert relative == [file.removeprefix(root).lstrip("/") for file in chosen]
 
 
 def test_answers_keep_the_rows_order_beyond_100_000_chunks(tmp_path: Path) -> None:

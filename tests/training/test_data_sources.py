@@ -21,7 +21,7 @@ import zstandard
 
 from gptj import storage
 from gptj.data import formats, json_rows
-from gptj.data.sources import DataError, Row, read_rows
+from gptj.data.sources import DataError, Row, check_apart, data_files, read_rows
 from gptj_local.s3 import LocalS3
 
 ROWS: list[dict[str, Any]] = [
@@ -695,3 +695,67 @@ def test_null_and_nested_columns_of_parquet_are_named(tmp_path: Path) -> None:
         row = next(read_rows(str(path), ["text"], {"text": name}))
         with pytest.raises(DataError, match=f"row 1, column '{name}': must be text, got {shown}"):
             row.text("text")
+
+
+@pytest.mark.parametrize(
+    ("data", "folder", "is_read"),
+    [
+        ("data", "data", True),
+        ("data", "data/out", True),
+        ("data", "data/a/out", True),
+        ("data", "data/_out", False),
+        ("data", "data/.out/a", False),
+        ("data", "data-out", False),
+        ("data", "out", False),
+        ("data/a", "data", False),
+        ("data/a", "data/a/b", True),
+        ("data/*.jsonl", "data", True),
+        ("data/*.jsonl", "data/out", False),
+        ("data/ro*.jsonl", "data", False),
+        ("data/*/*.jsonl", "data/out", True),
+        ("data/*/*.jsonl", "data/a", True),
+        ("data/rows.jsonl", "data", False),
+        ("data/rows.jsonl", "data/out", False),
+        ("*/*.jsonl", "data", True),
+    ],
+)
+@pytest.mark.parametrize("place", ["relative", "absolute", "mixed", "linked", "s3"])
+def test_a_folder_whose_files_would_be_read_as_data_is_refused(
+    data: str,
+    folder: str,
+    is_read: bool,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Of these files exactly, as reading the data after they are written tells."""
+    monkeypatch.chdir(tmp_path)
+    root = str(tmp_path)
+    if place == "s3":
+        request.getfixturevalue("s3")
+        root = f"s3://gptj/apart/{tmp_path.name}"
+    given, output = (storage.join(root, each) for each in (data, folder))
+    if place == "linked":
+        (tmp_path / "links").symlink_to(tmp_path)
+        output = f"links/{folder}"
+    elif place in ("relative", "mixed"):
+        given = data
+        output = folder if place == "relative" else output
+    for name in ("data/rows.jsonl", "data/a/rows.jsonl"):
+        storage.write_bytes(storage.join(root, name), b'{"text": "x"}\n')
+    names = ["output-0.jsonl", "notes.md", "unfinished/plan.json"]
+    before = data_files(given)
+    if is_read:
+        with pytest.raises(DataError, match=r"output-0\.jsonl, would be read as data when the job"):
+            check_apart(given, output, names)
+    else:
+        check_apart(given, output, names)
+    for name in names[:2]:
+        storage.write_bytes(storage.join(root, folder, name), b'{"text": "y"}\n')
+    assert (data_files(given) != before) == is_read
+
+
+def test_built_in_data_are_apart_from_any_folder() -> None:
+    check_apart("sample://causal-lm", "sample", ["index.json"])
+    check_apart("hf://datasets/a/b", ".", ["index.json"])

@@ -24,6 +24,7 @@ from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.tokenizer import load_tokenizer, prepare_tokenizer
 from jobs.evaluate import measure
 from jobs.evaluate import read_settings as read_evaluation
+from jobs.prepare_data import main as prepare_main
 from jobs.prepare_data import read_settings as read_preparation
 
 TEXTS = [f"{'very ' * (n % 5)}old cat {n} and new dog {n * n}" for n in range(90)]
@@ -331,3 +332,25 @@ def test_a_model_is_evaluated_on_prepared_data(tmp_path: Path, tokenizer: GPTJTo
     assert found[0]["tokens"] == found[1]["tokens"]
     assert found[0]["unigram_perplexity"] == pytest.approx(found[1]["unigram_perplexity"])
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("place", ["", "/prepared"])
+def test_a_destination_among_the_data_is_refused_at_once(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could not be resumed: its shards would be data."""
+    address = raw(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"error: .*raw.* is within raw: its files"):
+        prepare_main(["raw", address + place, "tokenizer=none"])
+    assert len(contents(address)) == 3
+
+
+def test_a_destination_within_the_tokenizers_folder_is_refused_at_once(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    model = tmp_path / "model"
+    tokenizer.save_pretrained(model)
+    with pytest.raises(SystemExit, match=r"error: .*/prepared is within .*/model, which"):
+        prepare_main([raw(tmp_path), str(model / "prepared"), f"tokenizer={model}"])
+    assert not (model / "prepared").exists()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJForQuestionAnswering, GPTJTokenizer
 from gptj.checkpoints.manifest import verify
+from gptj.checkpoints.weights import read_weights
 from gptj.data.rows import DataError
+from gptj.errors import CheckpointError
 from gptj.layers import int4
 from gptj.quantization.gptq import DAMPINGS, GPTQ, Hessian, relative_error
 from gptj.quantization.quantizer import Calibration, quantize_model
@@ -161,6 +165,25 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no tokenizer, which calibration needs"):
         quantize_model(str(tmp_path / "silent"), target, CALIBRATION)
     assert not any(Path(target).iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name", ["transformer.h.1.mlp.fc_in.weight", "transformer.wte.weight", "lm_head.bias"]
+)
+def test_weights_that_are_not_finite_are_refused_by_name(
+    name: str, value: float, tmp_path: Path
+) -> None:
+    """Whatever their layer: one of them would make outputs NaN."""
+    save(tmp_path / "model")
+    state = {key: each.clone() for key, each in read_weights(str(tmp_path / "model"), None)}
+    state[name].view(-1)[5] = value
+    (tmp_path / "model" / "manifest.json").unlink()
+    save_file(state, tmp_path / "model" / "model.safetensors")
+    for calibration in (None, CALIBRATION):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)} of .*/model has values"):
+            quantize_model(str(tmp_path / "model"), str(tmp_path / "quantized"), calibration)
+    assert not any((tmp_path / "quantized").iterdir())
 
 
 def test_the_job_writes_a_folder_and_prints_its_address(

@@ -346,8 +346,9 @@ def test_finished_folders_are_not_overwritten(base: Path, tmp_path: Path) -> Non
     model.save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
     with pytest.raises(AlreadyExistsError):
         model.save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
+    finished = shutil.copytree(base, tmp_path / "finished")
     with pytest.raises(AlreadyExistsError):
-        merge_adapter(str(base), str(tmp_path / "adapter"), str(base))
+        merge_adapter(str(base), str(tmp_path / "adapter"), str(finished))
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,18 @@ def test_an_address_without_a_bucket_and_a_whole_bucket_are_refused() -> None:
         storage.split_s3("s3:///x")
     with pytest.raises(ValueError, match="whole bucket"):
         storage.delete_folder("s3://gptj/")
+
+
+@pytest.mark.parametrize(
+    "odd", ["\x01", "\x1f", "\t", "\n", "\r", "\x7f", "\x85", "\uffff", " é&<>"]
+)
+def test_a_folder_with_odd_keys_is_deleted(odd: str, s3: LocalS3) -> None:
+    """Other programs may write any key; XML, in which S3 is told what to delete, has not all."""
+    client = boto3.client("s3")
+    folder = f"odd/{secrets.token_hex(6)}"
+    for name in ("a", f"b{odd}c", "d"):
+        client.put_object(Bucket="gptj", Key=f"{folder}/{name}", Body=b"x")
+    client.put_object(Bucket="gptj", Key=f"{folder}-beside", Body=b"x")
+    storage.delete_folder(f"s3://gptj/{folder}")
+    left = client.list_objects_v2(Bucket="gptj", Prefix=folder)["Contents"]
+    assert [each["Key"] for each in left] == [f"{folder}-beside"]

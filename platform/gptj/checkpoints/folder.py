@@ -7,10 +7,12 @@ no manifest and no `training.json`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self, cast
 
 from torch import Tensor
@@ -29,7 +31,7 @@ from gptj.checkpoints.manifest import (
 from gptj.checkpoints.weights import KINDS, read_weights, weight_files
 from gptj.errors import CheckpointError
 from gptj.serialization.json_object import parse_object
-from gptj.storage.addresses import normalized
+from gptj.storage.addresses import name_within, normalized
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"  # of transformers
@@ -56,6 +58,9 @@ WEIGHTS = (
     ("*.json", CHAT_TEMPLATE, "adapter_model*.bin"),
     ("*.json", CHAT_TEMPLATE, "pytorch_model*.bin"),
 )
+# What tells a replaced model, where no manifest does; `*` also stands for one folder, such as
+# sentence-transformers' 1_Pooling.
+IDENTIFYING = ("*.json", "merges.txt", "*.jinja", "*.safetensors", "*.bin")
 
 
 class ModelFolder:
@@ -169,6 +174,27 @@ class ModelFolder:
     def commit(self) -> str | None:
         """Of a hub id, the commit that its revision stands for."""
         return commit_of(self.address) if self._from_hub else None
+
+    @property
+    def identity(self) -> str:
+        """A digest that differs once the model, adapter or tokenizer is another; reads no weights.
+
+        Of the manifest; of what it does not have, of a hub id's commit, or of the files' names,
+        sizes and versions, which also differ for a copy.
+        """
+        recorded = {} if self.manifest is None else self.manifest.files
+        if self.manifest is not None and ("tokenizer.json" in recorded or "vocab.json" in recorded):
+            return self.manifest.digest
+        parts: list[Any] = [] if self.manifest is None else [self.manifest.digest]
+        if self.commit is not None:
+            parts.append(self.commit)
+        else:
+            parts += [
+                (file.name, file.size, file.version)
+                for file in storage.list_files(self.address, _identifies)
+                if file.name not in recorded and file.name != MANIFEST
+            ]
+        return hashlib.sha256(repr(parts).encode(errors="surrogatepass")).hexdigest()
 
     @property
     def is_adapter(self) -> bool:
@@ -285,6 +311,24 @@ class ModelFolder:
         return {file.name: file.size for file in storage.list_files(self.address)}
 
 
+def check_outside(destination: str, *models: str | None) -> None:
+    """ValueError if a folder to be written is, or is within, one of these models' or adapters'.
+
+    Their manifests would not have its files.
+
+    Args:
+        models: folders, local or `s3://`, or hub ids.
+    """
+    for model in models:
+        if model is None or not (storage.is_s3(model) or Path(model).exists()):
+            continue  # a hub id, or what is missing
+        if name_within(destination, model) is not None:
+            raise ValueError(
+                f"{destination} is within {model}, which would no longer match its manifest; "
+                f"remedy: a folder elsewhere"
+            )
+
+
 def training_data(content: bytes, address: str) -> dict[str, Any]:
     """How training read its data, from a `training.json`; empty if unknown.
 
@@ -330,3 +374,10 @@ def _locate(
 
 def _any_matches(names: Collection[str] | Iterator[str], pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _identifies(name: str) -> bool:
+    """Whether a file, or a folder's files (with `/` at the end), tell a replaced model."""
+    if name.endswith("/"):
+        return name.count("/") == 1
+    return any(fnmatchcase(name, pattern) for pattern in IDENTIFYING)

@@ -36,6 +36,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+UNSUPPORTED = {  # the format's other dtypes
+    *("F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"),
+    *("U16", "U32", "U64", "C64"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def read_header(address: str) -> Header:
     """Read a file's header, in one request unless it is unusually long.
 
     Raises:
-        CheckpointError: naming the file and what is wrong: it is truncated, or its header is
-            damaged or does not match its size.
+        CheckpointError: naming the file and what is wrong: it is truncated, its header is damaged
+            or does not match its size, or a tensor's dtype is not supported.
     """
     start, total = storage.read_start(address, FIRST_BYTES)
     if total < 8:
@@ -116,6 +120,11 @@ def _tensor(name: str, fields: Any, data: int, address: str) -> StoredTensor:
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
     dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    if isinstance(dtype_name, str) and dtype_name in UNSUPPORTED:
+        raise CheckpointError(
+            f"{address} has {shown(name)} in the dtype {dtype_name}, which is not supported; "
+            f"remedy: the model in F16, BF16 or F32"
+        )
     if dtype is None:
         raise _damaged(
             address, name, f"its dtype {shown(dtype_name)} is not one of {', '.join(DTYPES)}"

@@ -39,6 +39,10 @@ SHARD_BYTES = 5 * 10**9
 RUN_BYTES = 16 * 2**20  # small tensors are read together up to this size
 FILES_AT_ONCE = 4  # from S3; each is hashed by its own thread
 
+PREFIX = "transformer."  # of the base model's parameters in a model with a head; may be left out
+# Buffers of old checkpoints, which are constants: the causal mask and its value.
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -149,7 +153,8 @@ def read_weights(
         kinds: see weight_files.
 
     Raises:
-        CheckpointError: naming the file that is missing, damaged or altered.
+        CheckpointError: naming the file that is missing, damaged or altered, or the two that have
+            one tensor.
     """
     if names is None:
         names = {file.name for file in storage.list_files(folder)}
@@ -162,9 +167,14 @@ def read_weights(
         return
     if manifest is not None and verify:
         manifest.check_files(files)
+    once = _Once()
     for name in files:
         address = storage.join(folder, name)
-        yield from _read_pickle(address) if name.endswith(".bin") else _read_mapped(address)
+        reading = _read_pickle(address) if name.endswith(".bin") else _read_mapped(address)
+        for tensor, values in reading:
+            once.check(tensor, address)
+            yield tensor, values
+            del values  # before the next one is read
 
 
 def weight_files(
@@ -214,6 +224,24 @@ def _recorded_shards(manifest: Manifest | None, index: str) -> list[str]:
     return expected if sorted(names) == expected else []
 
 
+class _Once:
+    """Refuses tensors that several files have, or one under both of its names."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[str, str]] = {}  # name and file by the name without prefix
+
+    def check(self, name: str, address: str) -> None:
+        """CheckpointError if there was this tensor before; which of them counts is unknown."""
+        if name.endswith(OLD_BUFFERS):
+            return
+        before = self._found.setdefault(name.removeprefix(PREFIX), (name, address))
+        if before != (name, address):
+            raise CheckpointError(
+                f"{before[1]} has {before[0]}, and {address} has {name}, which is the same tensor; "
+                f"remedy: delete the one that is not the model's"
+            )
+
+
 def _read_mapped(address: str) -> Iterator[tuple[str, Tensor]]:
     tensors = read_header(address).tensors
     with open(address, "rb") as file:
@@ -240,6 +268,10 @@ def _read_remote(
             manifest.check_size(name, headers[name].file_size)
 
     storage.for_each(read_and_check, files)  # all headers, before gigabytes are read
+    once = _Once()
+    for name in files:
+        for tensor in headers[name].tensors:
+            once.check(tensor.name, storage.join(folder, name))
     expected = manifest if verify else None
     with ThreadPoolExecutor(storage.PARALLEL) as fetchers:
         sources = [_read_one(folder, name, headers[name], expected, fetchers) for name in files]

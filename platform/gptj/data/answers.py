@@ -4,6 +4,8 @@ A plan groups files into parts, and each part is read in chunks of rows. Each ch
 `output-PPPPP-CCCCC.jsonl`, in row order; rows without an answer go to `errors-PPPPP-CCCCC.jsonl`,
 with the reason. A chunk's record is written after both, so that an interrupted run skips finished
 chunks. `index.json` and a manifest come last.
+
+Whoever writes to the folder holds its lease (`lease_of`), which ends with the unfinished files.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gptj import storage
-from gptj.checkpoints.manifest import FileRecord, Manifest
+from gptj.checkpoints.manifest import MANIFEST, FileRecord, Manifest
 from gptj.data.rows import DataError, NoRowsError, Row
 from gptj.data.sources import data_files, in_parts, read_rows
 from gptj.data.unfinished import (
     INDEX,
+    PLAN,
     UNFINISHED,
+    begun_plan,
     check_same_plan,
+    check_unused,
     claim,
     delete_records,
     length,
@@ -32,10 +37,16 @@ from gptj.data.unfinished import (
 )
 from gptj.serialization.json_object import parse_object, to_json
 from gptj.storage.addresses import SAMPLE
+from gptj.storage.lease import TERM_SECONDS, Claim, Lease
 
 CHUNK_ROWS = 256
 CHUNK_CHARACTERS = 4 * 2**20  # chunks of long rows have fewer than CHUNK_ROWS
+LEASE = f"{UNFINISHED}/lease"
 OUTPUT, ERRORS = "output", "errors"
+FILES = (  # names like all that is written
+    *(f"{kind}{part}.jsonl" for part in ("", "-00000-00000") for kind in (OUTPUT, ERRORS)),
+    *(INDEX, MANIFEST, f"{UNFINISHED}/{PLAN}"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Plan:
     settings: Mapping[str, Any]  # the model and what it is asked, as plain values
     whole: bool = False  # one file of outputs and one of errors, instead of one for each chunk
     stamps: tuple[str, ...] = ()  # versions of all files in their order
+    optional: tuple[str, ...] = ()  # columns, ours, that rows may have
 
     @classmethod
     def of(
@@ -64,6 +76,7 @@ class Plan:
         chunk_rows: int = CHUNK_ROWS,
         settings: Mapping[str, Any],
         whole: bool = False,
+        optional: Sequence[str] = (),
     ) -> Plan:
         """DataError, StorageError: if the address has no readable files."""
         files = data_files(address)
@@ -78,6 +91,7 @@ class Plan:
             settings,
             whole,
             tuple(file.version for file in files),
+            tuple(optional),
         )
 
     @property
@@ -86,7 +100,9 @@ class Plan:
         files = [file for part in self.parts for file in part]
         if files[0].startswith(SAMPLE):
             return ""
-        return posixpath.commonpath([posixpath.dirname(file) for file in files])
+        scheme = files[0][: files[0].find("://") + 3] if "://" in files[0] else ""
+        names = [posixpath.dirname(file.removeprefix(scheme)) for file in files]
+        return scheme + posixpath.commonpath(names)  # of which // would become /
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True, default=str)
@@ -100,6 +116,7 @@ class Entry:
     number: int | None  # as Row.number; None: unknown
     row: Row | None
     problem: str = ""  # if row is None
+    values: Mapping[str, Any] = field(default_factory=dict)  # that a bad row has, by our names
 
     @property
     def key(self) -> dict[str, Any]:
@@ -122,7 +139,7 @@ class Chunk:
     def digest(self) -> str:
         digest = hashlib.sha256()
         for each in self.entries:
-            values = None if each.row is None else each.row.values
+            values = (each.values or None) if each.row is None else each.row.values
             content = json.dumps([each.file, each.number, values, each.problem], default=str)
             digest.update(content.encode(errors="surrogatepass"))
         return digest.hexdigest()
@@ -157,8 +174,8 @@ class Index:
     source: str = ""  # digest of all chunks' digests; empty in older folders
 
 
-def begin(plan: Plan, folder: str) -> Index | None:
-    """Claim a new folder for this plan, or return its index if it is already finished.
+def check(plan: Plan, folder: str) -> Index | None:
+    """A finished folder's index; None if it is new, or this plan's and unfinished. Only reads.
 
     Raises:
         DataError: if the folder belongs to another plan, or has other files.
@@ -168,14 +185,44 @@ def begin(plan: Plan, folder: str) -> Index | None:
         index = Index(**parse_object(storage.read_bytes(address), address))
         _check_same(index.settings, plan, folder)
         _check_current(index, plan, folder)
-        delete_records(folder)  # left if killed after finishing
+        return index
+    if (begun := begun_plan(folder)) is not None:
+        _check_same(begun, plan, folder)
+    else:
+        check_unused(folder)
+    return None
+
+
+def begin(plan: Plan, folder: str, lease: Lease | None = None) -> Index | None:
+    """Claim a new folder for this plan, or return its index if it is already finished.
+
+    Raises what `check` does.
+
+    Args:
+        lease: the folder's, if this process holds it; released if it is finished.
+    """
+    if (index := check(plan, folder)) is not None:
+        clear(folder, lease)  # left if killed after finishing
         return index
     _check_same(claim(folder, plan.to_json()), plan, folder)
     return None
 
 
+def lease_of(folder: str, *, term: float = TERM_SECONDS) -> Lease:
+    """The lease of a folder of answers. Raises what Lease does."""
+    return Lease(storage.join(folder, LEASE), term=term)
+
+
+def clear(folder: str, lease: Lease | None = None) -> None:
+    """Release a finished folder's lease, and delete it with all other unfinished files."""
+    if lease is not None:
+        lease.release()  # first: a renewal would write it again
+    delete_records(folder)
+
+
 def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
     now = json.loads(plan.to_json())
+    before = {"optional": [], **before}  # which earlier plans lack
     # Copied files have other stamps but the same rows; chunks' digests detect real changes.
     if different := [key for key in now if key != "stamps" and before.get(key) != now[key]]:
         inner = before.get("settings"), now["settings"]
@@ -226,11 +273,16 @@ def _entries(plan: Plan, file: str, name: str) -> Iterator[Entry]:
     bad: list[Entry] = []  # since the last good row
 
     def on_bad(error: DataError) -> None:
-        bad.append(Entry(name, error.number, None, str(error)))
+        bad.append(Entry(name, error.number, None, str(error), error.values))
 
     try:
         for row in read_rows(
-            file, plan.columns, plan.names, delimiter=plan.delimiter, on_bad=on_bad
+            file,
+            plan.columns,
+            plan.names,
+            optional=plan.optional,
+            delimiter=plan.delimiter,
+            on_bad=on_bad,
         ):
             yield from bad
             bad.clear()
@@ -246,8 +298,13 @@ def write(
     chunk: Chunk,
     outputs: Sequence[Mapping[str, Any]],
     errors: Sequence[Mapping[str, Any]],
+    claim: Claim | None = None,
 ) -> Record:
-    """Write a chunk's lines, then its record."""
+    """Write a chunk's lines, then its record.
+
+    Args:
+        claim: of the lease under which this process writes; LeaseLostError once it is lost.
+    """
     assert len(outputs) + len(errors) == len(chunk.entries)
     files: dict[str, dict[str, Any]] = {}
     for kind, lines in ((OUTPUT, outputs), (ERRORS, errors)):
@@ -255,6 +312,8 @@ def write(
         if plan.whole:
             name = f"{UNFINISHED}/{name}"
         address = storage.join(folder, name)
+        if claim is not None:
+            claim.check()
         if not lines:
             storage.delete(address)  # left by an interrupted run
             continue
@@ -264,12 +323,22 @@ def write(
         storage.write_bytes(address, encoded)
         files[name] = asdict(FileRecord(len(encoded), hashlib.sha256(encoded).hexdigest()))
     record = Record(chunk.name, len(chunk.entries), len(errors), chunk.digest, files)
+    if claim is not None:
+        claim.check()
     write_record(folder, chunk.name, asdict(record))
     return record
 
 
-def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
-    """Write the index and, last, the manifest. NoRowsError if there were no rows."""
+def finish(plan: Plan, folder: str, records: Iterable[Record], lease: Lease | None = None) -> Index:
+    """Write the index and, last, the manifest.
+
+    Args:
+        lease: the folder's, if this process holds it; released at the end.
+
+    Raises:
+        NoRowsError: if there were no rows.
+        LeaseLostError: if another process has taken over.
+    """
     ordered = sorted(records, key=lambda record: [int(n) for n in record.name.split("-")])
     assert len({record.name for record in ordered}) == len(ordered)
     index = Index(
@@ -283,6 +352,8 @@ def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
     files = {
         name: FileRecord(**fields) for record in ordered for name, fields in record.files.items()
     }
+    if lease is not None:
+        lease.claim.check()
     if plan.whole:
         files = {
             f"{kind}.jsonl": _joined(
@@ -298,8 +369,10 @@ def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
     content = (json.dumps(asdict(index), indent=1) + "\n").encode()
     storage.write_bytes(storage.join(folder, INDEX), content)
     files[INDEX] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    if lease is not None:
+        lease.claim.check()
     Manifest(folder, files).write()
-    delete_records(folder)
+    clear(folder, lease)
     return index
 
 

@@ -12,6 +12,7 @@ from typing import IO
 from gptj.data.records import (
     BadFileError,
     BadRecordError,
+    Columns,
     OnBadRecord,
     Record,
     check_header,
@@ -28,7 +29,7 @@ MAX_CELL = 2**28  # characters; an unclosed quote would make the rest of the fil
 
 def read_csv(
     file: IO[bytes],
-    wanted: Sequence[str],
+    wanted: Columns,
     delimiter: str | None,
     on_bad: OnBadRecord = refuse,
 ) -> Iterator[Record]:
@@ -38,7 +39,7 @@ def read_csv(
     the file has no header, and its first line is a record.
 
     Args:
-        delimiter: None: the first of DELIMITERS that gives a header with all wanted columns.
+        delimiter: None: the first of DELIMITERS that gives a header with all needed columns.
         on_bad: receives the error of a record, which is then skipped. Quoting errors are raised,
             since the next record's start is then unknown.
     """
@@ -48,7 +49,7 @@ def read_csv(
 
 
 def _records(
-    text: io.TextIOWrapper, wanted: Sequence[str], delimiter: str | None, on_bad: OnBadRecord
+    text: io.TextIOWrapper, wanted: Columns, delimiter: str | None, on_bad: OnBadRecord
 ) -> Iterator[Record]:
     head: list[str] = []  # lines already read to find the header
     if delimiter is None:
@@ -59,8 +60,8 @@ def _records(
         f" (the first line, split at {delimiter!r}; data.delimiter= sets another; without a header "
         f"the columns are _c0, _c1, …)"
     )
-    check_header(names, wanted, hint)
-    places = [(name, names.index(name)) for name in wanted]
+    there = check_header(names, wanted, hint)
+    places = [(name, names.index(name)) for name in there]
     reader = csv.reader(chain(head, text), delimiter=delimiter, strict=True)
     number = -1 if names is first else 0  # the header's
     while True:
@@ -108,21 +109,21 @@ def _values(
     return values
 
 
-def _delimiter(head: list[str], text: io.TextIOWrapper, wanted: Sequence[str]) -> str:
-    """The first delimiter that gives all wanted columns, else the one that gives the most."""
+def _delimiter(head: list[str], text: io.TextIOWrapper, wanted: Columns) -> str:
+    """The first delimiter that gives all needed columns, else the one that gives the most."""
     found: dict[str, int] = {}
     for delimiter in DELIMITERS:
         names = _names(_first(head, text, delimiter), wanted)
-        if all(name in names for name in wanted):
+        if all(name in names for name in wanted.needed):
             return delimiter
         found[delimiter] = len(names)
     return max(found, key=lambda delimiter: found[delimiter])
 
 
-def _names(first: list[str], wanted: Sequence[str]) -> list[str]:
+def _names(first: list[str], wanted: Columns) -> list[str]:
     """The columns' names: the first line's cells, or their positions if there is no header."""
-    positions = wanted and all(POSITION.fullmatch(name) for name in wanted)
-    if not positions or all(name in first for name in wanted):
+    positions = wanted.all and all(POSITION.fullmatch(name) for name in wanted.all)
+    if not positions or all(name in first for name in wanted.needed):
         return first
     return [f"_c{position}" for position in range(len(first))]
 

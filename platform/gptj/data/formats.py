@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Literal, cast
 
@@ -13,6 +13,7 @@ from gptj.data.json_rows import read_json
 from gptj.data.parquet_rows import read_parquet
 from gptj.data.records import (
     BadRecordError,
+    Columns,
     MissingColumnsError,
     OnBadRecord,
     Record,
@@ -72,7 +73,7 @@ def is_typed(name: str) -> bool:
 def read_records(
     file: IO[bytes],
     format: Format,
-    wanted: Sequence[str],
+    wanted: Columns,
     delimiter: str | None,
     on_bad: OnBadRecord = refuse,
 ) -> Iterator[Record]:
@@ -99,11 +100,9 @@ def read_records(
             return _read_text(file, wanted, on_bad)
 
 
-def _read_text(
-    file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord = refuse
-) -> Iterator[Record]:
+def _read_text(file: IO[bytes], wanted: Columns, on_bad: OnBadRecord = refuse) -> Iterator[Record]:
     """A file as one document, or several if it is large; newlines are normalized to \\n."""
-    if list(wanted) != ["text"]:
+    if wanted.needed != ("text",):
         raise MissingColumnsError(None, ["text"])
     with decoded(file) as reader:
         number, text = 1, reader.read(TEXT_CHARACTERS)

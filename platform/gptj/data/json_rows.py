@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from typing import IO, Any
 
 from gptj.data.records import (
     BadRecordError,
+    Columns,
     MissingColumnsError,
     OnBadRecord,
     Record,
@@ -30,9 +31,7 @@ _SQUAD = re.compile(
 )
 
 
-def read_json(
-    file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord = refuse
-) -> Iterator[Record]:
+def read_json(file: IO[bytes], wanted: Columns, on_bad: OnBadRecord = refuse) -> Iterator[Record]:
     """The wanted columns of each record.
 
     Records are numbered by line, by position in an array, or by question in SQuAD's file. They are
@@ -79,7 +78,7 @@ def lone_surrogate(value: Any) -> str | None:
     return None
 
 
-def _read_lines(file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord) -> Iterator[Record]:
+def _read_lines(file: IO[bytes], wanted: Columns, on_bad: OnBadRecord) -> Iterator[Record]:
     lines, number, is_first = iter(file), 0, True
     while (line := next(lines, None)) is not None:
         number += 1
@@ -116,15 +115,13 @@ def _read_lines(file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord) -> 
         yield from _checked(value, text, number, wanted, on_bad)
 
 
-def _read_array(file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord) -> Iterator[Record]:
+def _read_array(file: IO[bytes], wanted: Columns, on_bad: OnBadRecord) -> Iterator[Record]:
     """The elements one after the other; memory holds the largest of them, not the array."""
     with decoded(file) as reader:
         yield from _elements(reader, wanted, on_bad)
 
 
-def _elements(
-    reader: io.TextIOWrapper, wanted: Sequence[str], on_bad: OnBadRecord
-) -> Iterator[Record]:
+def _elements(reader: io.TextIOWrapper, wanted: Columns, on_bad: OnBadRecord) -> Iterator[Record]:
     values = _Values(reader)
     for _ in values.array():
         number, (value, text) = values.record, values.next()
@@ -135,12 +132,14 @@ def _elements(
 
 
 def _checked(
-    value: Any, text: str, number: int, wanted: Sequence[str], on_bad: OnBadRecord
+    value: Any, text: str, number: int, wanted: Columns, on_bad: OnBadRecord
 ) -> Iterator[Record]:
     """Yield the record, or pass its error to `on_bad`."""
     try:
         fields = _fields(value, text, number, wanted)
     except (BadRecordError, MissingColumnsError) as error:
+        if isinstance(value, dict):
+            error.values = wanted.of(value)
         on_bad(error)
     else:
         yield number, fields
@@ -220,11 +219,11 @@ class _Values:
         self._buffer, self._position, self._at_end = self.rest() + more, 0, not more
 
 
-def _fields(value: Any, text: str, number: int, wanted: Sequence[str]) -> dict[str, Any]:
+def _fields(value: Any, text: str, number: int, wanted: Columns) -> dict[str, Any]:
     """The wanted columns of a record; `text` is its JSON."""
     if not isinstance(value, dict):
         raise _not_an_object(number, text)
-    if any(text.count(f'"{name}"') > 1 for name in wanted):
+    if any(text.count(f'"{name}"') > 1 for name in wanted.all):
         _check_unique(text, number, wanted)
     fields = _wanted(value, number, wanted)
     if not text.isascii() or "\\ud" in text or "\\uD" in text:
@@ -232,18 +231,18 @@ def _fields(value: Any, text: str, number: int, wanted: Sequence[str]) -> dict[s
     return fields
 
 
-def _wanted(value: dict[str, Any], number: int, wanted: Sequence[str]) -> dict[str, Any]:
-    if any(name not in value for name in wanted):
+def _wanted(value: dict[str, Any], number: int, wanted: Columns) -> dict[str, Any]:
+    if any(name not in value for name in wanted.needed):
         raise MissingColumnsError(number, list(value))
-    return {name: value[name] for name in wanted}
+    return wanted.of(value)
 
 
-def _check_unique(text: str, number: int, wanted: Sequence[str]) -> None:
+def _check_unique(text: str, number: int, wanted: Columns) -> None:
     """BadRecordError if an object repeats a wanted key; json would keep only the last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        for name in wanted:
+        for name in wanted.all:
             if keys.count(name) > 1:
                 raise BadRecordError(number, f"has the key {name!r} twice")
         return dict(pairs)
@@ -310,7 +309,7 @@ def _is_squad(value: Any) -> bool:
     return False
 
 
-def _read_squad(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+def _read_squad(file: IO[bytes], wanted: Columns) -> Iterator[Record]:
     """A row for each question; memory holds an article, not the file."""
     what = "SQuAD's object"
     with decoded(file) as reader:
@@ -335,7 +334,7 @@ def _read_squad(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
             raise BadRecordError(values.record, "SQuAD's object must be all of the file")
 
 
-def _squad(document: dict[str, Any], wanted: Sequence[str], first: int = 1) -> Iterator[Record]:
+def _squad(document: dict[str, Any], wanted: Columns, first: int = 1) -> Iterator[Record]:
     """A row for each question of SQuAD's articles and paragraphs, numbered from `first`."""
     number = first - 1
     for article in document["data"]:

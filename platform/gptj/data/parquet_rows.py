@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from gptj.data.records import BadRecordError, DamagedFileError, Record, check_header
+from gptj.data.records import BadRecordError, Columns, DamagedFileError, Record, check_header
 from gptj.environment.extras import Extra
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ else:
 ROWS = 1024  # at a time
 
 
-def read_parquet(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+def read_parquet(file: IO[bytes], wanted: Columns) -> Iterator[Record]:
     """The wanted columns of each record; no others are read. DamagedFileError if truncated."""
     try:
         yield from _records(file, wanted)
@@ -26,15 +26,15 @@ def read_parquet(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
         raise DamagedFileError(str(error)) from error
 
 
-def _records(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+def _records(file: IO[bytes], wanted: Columns) -> Iterator[Record]:
     parquet = pyarrow.parquet.ParquetFile(file)
-    check_header(parquet.schema_arrow.names, wanted)
+    names = check_header(parquet.schema_arrow.names, wanted)
     number = 0
-    for batch in parquet.iter_batches(batch_size=ROWS, columns=list(wanted)):
-        columns = [_values(batch.column(name), name, number) for name in wanted]
+    for batch in parquet.iter_batches(batch_size=ROWS, columns=list(names)):
+        columns = [_values(batch.column(name), name, number) for name in names]
         for values in zip(*columns, strict=True):
             number += 1
-            yield number, dict(zip(wanted, values, strict=True))
+            yield number, dict(zip(names, values, strict=True))
 
 
 def _values(column: Any, name: str, before: int) -> list[Any]:

@@ -32,6 +32,8 @@ from gptj.data.sources import data_files, find_columns, in_parts, read_rows
 from gptj.data.split import Split, split_rows
 from gptj.data.unfinished import (
     INDEX,
+    PLAN,
+    UNFINISHED,
     check_same_plan,
     claim,
     delete_records,
@@ -44,6 +46,9 @@ from gptj.storage.addresses import HUB_DATA
 from gptj.tokenizer import GPTJTokenizer
 
 CHUNK_CHARACTERS = 16 * 2**20  # per shard: about four million tokens
+
+# Names like all that is written, besides the tokenizer's.
+FILES = ("shard-00000-00000.parquet", INDEX, MANIFEST, f"{UNFINISHED}/{PLAN}")
 
 _COMMIT = re.compile(rf"(?<=^{HUB_DATA})([^@]+)@[0-9a-f]{{40}}/")
 

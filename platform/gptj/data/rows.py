@@ -13,11 +13,15 @@ class DataError(ValueError):
 
     Args:
         number: of the row, if the error concerns a single row.
+
+    Attributes:
+        values: of a bad row's columns, by our names, as far as it has them.
     """
 
     def __init__(self, message: str = "", number: int | None = None) -> None:
         super().__init__(message)
         self.number = number
+        self.values: Mapping[str, Any] = {}
 
 
 class NoRowsError(DataError):

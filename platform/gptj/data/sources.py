@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from gptj import storage
 from gptj.data import hub, samples
@@ -17,12 +18,13 @@ from gptj.data.formats import READABLE, Format, format_of, is_typed, read_record
 from gptj.data.records import (
     BadFileError,
     BadRecordError,
+    Columns,
     DamagedFileError,
     MissingColumnsError,
     Record,
 )
 from gptj.data.rows import DataError, MissingColumnError, NoRowsError, Row, refuse_row
-from gptj.storage.addresses import HUB_DATA, SAMPLE, normalized, split_hub_data
+from gptj.storage.addresses import HUB_DATA, SAMPLE, name_within, normalized, split_hub_data
 
 PART_BYTES = 64 * 2**20  # of a group of small files
 
@@ -30,6 +32,7 @@ __all__ = [
     "DataError",
     "MissingColumnError",
     "Row",
+    "check_apart",
     "data_files",
     "find_columns",
     "in_parts",
@@ -42,6 +45,7 @@ def read_rows(
     needed: Sequence[str],
     columns: Mapping[str, str] | None = None,
     *,
+    optional: Sequence[str] = (),
     delimiter: str | None = None,
     on_bad: Callable[[DataError], None] = refuse_row,
 ) -> Iterator[Row]:
@@ -52,6 +56,7 @@ def read_rows(
             stands for any part of a name, or `sample://…`.
         needed: required columns, by our names; others are dropped (in Parquet, not even read).
         columns: our name of a column -> its name in the files, if different.
+        optional: further columns, of those rows that have them.
         delimiter: of CSV files; None: detected from each file's header.
         on_bad: receives the error of a single row, which is then skipped; errors that make the rest
             of a file unreadable are raised.
@@ -63,14 +68,15 @@ def read_rows(
         AddressError: if the address is invalid.
         StorageError: if there is nothing at the address, or it cannot be reached.
     """
-    names = {ours: (columns or {}).get(ours, ours) for ours in needed}
+    names = {ours: (columns or {}).get(ours, ours) for ours in (*needed, *optional)}
+    required = {ours: names[ours] for ours in needed}
     address = normalized(address, samples=True)
     if address.startswith(SAMPLE):
         try:
             records = enumerate(samples.read(address), 1)
         except ValueError as error:
             raise DataError(str(error)) from error
-        return _rows(((address, True, record) for record in records), names, address)
+        return _rows(((address, True, record) for record in records), names, required, address)
     files = _files(address)
     if delimiter is not None and any(format.kind != "csv" for _, format in files):
         raise DataError(f"data.delimiter={delimiter!r} is for CSV, but {address} has other files")
@@ -78,9 +84,10 @@ def read_rows(
         (
             (file.address, is_typed(file.address), record)
             for file, format in files
-            for record in _read(file.address, format, names, delimiter, on_bad)
+            for record in _read(file.address, format, names, required, delimiter, on_bad)
         ),
         names,
+        required,
         address,
     )
 
@@ -142,6 +149,34 @@ def data_files(address: str) -> list[storage.FileInfo]:
     return [file for file, _ in _files(address)]
 
 
+def check_apart(address: str, folder: str, names: Iterable[str]) -> None:
+    """DataError if files that a job writes would be among the data, once it reads them again.
+
+    Args:
+        address: of the data.
+        folder: the job's new one, local or `s3://`.
+        names: of what it writes there, such as `index.json`.
+    """
+    address = normalized(address, samples=True)
+    if address.startswith((SAMPLE, HUB_DATA)):
+        return
+    root, wanted = _split_pattern(address) if "*" in address else (address, None)
+    inner = name_within(folder, root)
+    if inner is None:
+        return
+    for name in names:
+        whole = f"{inner}/{name}".lstrip("/")
+        parts = whole.split("/")
+        if format_of(name) is None or _is_hidden(whole):
+            continue
+        if wanted is None or (len(parts) == len(wanted) and all(map(_fits, parts, wanted))):
+            raise DataError(
+                f"{folder} is within {address}: its files, such as {name}, would be read as data "
+                f"when the job is repeated or resumed; remedy: a folder elsewhere, or one whose "
+                f"name begins with _, which is not read"
+            )
+
+
 def in_parts(files: Iterable[storage.FileInfo]) -> tuple[tuple[str, ...], ...]:
     """Group addresses, in order: small files together, large ones alone."""
     parts: list[list[str]] = []
@@ -156,17 +191,24 @@ def in_parts(files: Iterable[storage.FileInfo]) -> tuple[tuple[str, ...], ...]:
 
 
 def _rows(
-    records: Iterable[tuple[str, bool, Record]], names: Mapping[str, str], address: str
+    records: Iterable[tuple[str, bool, Record]],
+    names: Mapping[str, str],
+    required: Mapping[str, str],
+    address: str,
 ) -> Iterator[Row]:
     """Records as rows, with columns renamed to ours."""
     source = None
     for source, typed, (number, values) in records:
-        if any(theirs not in values for theirs in names.values()):
-            raise _missing(source, names, MissingColumnsError(number, list(values)))
-        renamed = {ours: values[theirs] for ours, theirs in names.items()}
+        if any(theirs not in values for theirs in required.values()):
+            raise _missing(source, required, MissingColumnsError(number, list(values)))
+        renamed = _renamed(values, names)
         yield Row(renamed, source, number, names, typed)
     if source is None:
         raise NoRowsError(f"{address} has no rows")
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: values[theirs] for ours, theirs in names.items() if theirs in values}
 
 
 def _refuse_missing(error: DataError) -> None:
@@ -247,10 +289,7 @@ def _on_hub(address: str) -> list[storage.FileInfo]:
 
 def _matching(pattern: str) -> list[storage.FileInfo]:
     """The files that match a pattern; `*` does not match `/`. Reads no other folders."""
-    before = pattern.partition("*")[0]
-    folder, _, _ = before.rpartition("/")
-    root = folder or ("/" if before.startswith("/") else ".")
-    wanted = pattern[len(folder) + 1 if "/" in before else 0 :].split("/")
+    root, wanted = _split_pattern(pattern)
 
     def may_match(name: str) -> bool:
         parts = name.removesuffix("/").split("/")
@@ -258,6 +297,14 @@ def _matching(pattern: str) -> list[storage.FileInfo]:
         return deep_enough and not _is_hidden(name) and all(map(_fits, parts, wanted))
 
     return storage.list_files(root, may_match)
+
+
+def _split_pattern(pattern: str) -> tuple[str, list[str]]:
+    """The folder before the first `*`, and the parts of the names wanted below it."""
+    before = pattern.partition("*")[0]
+    folder, _, _ = before.rpartition("/")
+    root = folder or ("/" if before.startswith("/") else ".")
+    return root, pattern[len(folder) + 1 if "/" in before else 0 :].split("/")
 
 
 def _fitting(files: list[storage.FileInfo], pattern: str) -> list[storage.FileInfo]:
@@ -282,18 +329,26 @@ def _read(
     address: str,
     format: Format,
     names: Mapping[str, str],
+    required: Mapping[str, str],
     delimiter: str | None,
     on_bad: Callable[[DataError], None],
 ) -> Iterator[Record]:
     """The records of one file; every error becomes a DataError that names it."""
     number = 0
-    wanted = list(dict.fromkeys(names.values()))
+    needed = tuple(dict.fromkeys(required.values()))
+    others = dict.fromkeys(theirs for theirs in names.values() if theirs not in needed)
+    wanted = Columns(needed, tuple(others))
 
     def named(error: BadRecordError | MissingColumnsError) -> DataError:
+        found: DataError
         if isinstance(error, MissingColumnsError):
-            return _missing(address, names, error)
-        column = f", column {error.column!r}" if error.column is not None else ""
-        return DataError(f"{address}, row {error.number}{column}: {error}", error.number)
+            found = _missing(address, required, error)
+        else:
+            column = f", column {error.column!r}" if error.column is not None else ""
+            place = f"{address}, row {error.number}{column}"
+            found = DataError(f"{place}: {error}", error.number)
+        found.values = _renamed(error.values, names)
+        return found
 
     def bad(error: BadRecordError | MissingColumnsError) -> None:
         if on_bad is refuse_row:

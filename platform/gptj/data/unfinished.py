@@ -26,12 +26,18 @@ def claim(folder: str, plan: str) -> Mapping[str, Any]:
     """
     if (begun := begun_plan(folder)) is not None:
         return begun
-    if files := storage.list_files(folder):
-        raise DataError(f"{folder} has other files, such as {files[0].name}: choose a new one")
+    check_unused(folder)
     address = storage.join(folder, UNFINISHED, PLAN)
     storage.write_bytes(address, plan.encode())
     # Read again: another process may have written its own at the same time.
     return parse_object(storage.read_bytes(address), address)
+
+
+def check_unused(folder: str) -> None:
+    """DataError if a folder without a plan has files of something else."""
+    names = (file.name for file in storage.list_files(folder))
+    if others := [name for name in names if not name.startswith(f"{UNFINISHED}/")]:
+        raise DataError(f"{folder} has other files, such as {others[0]}: choose a new one")
 
 
 def begun_plan(folder: str) -> Mapping[str, Any] | None:

@@ -48,12 +48,13 @@ def export_weights(
 
     Raises:
         FileNotFoundError, CheckpointError: see open_source.
-        ValueError: if the format has no class for the model's head.
+        ValueError: if the format has no class for the model's head, or the destination is within
+            the source.
         AlreadyExistsError: if the destination is not empty.
     """
     target = parse_dtype(dtype)
     source, destination = normalized(source), normalized(destination)
-    check_new(destination)
+    check_new(destination, source)
     with open_source(source, revision=revision) as opened:
         if format == "huggingface":
             specs = specs_of(opened.tensors, target, opened.config)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from gptj.checkpoints.skeleton import without_weights
+from gptj.checkpoints.weights import OLD_BUFFERS
 from gptj.config import GPTJConfig
 from gptj.errors import CheckpointError
 from gptj.interop.tensors import StoredTensor
@@ -19,7 +20,7 @@ from gptj.model import (
     GPTJModel,
 )
 from gptj.pretrained import GPTJPreTrainedModel
-from gptj.pretrained.weight_loading import OLD_BUFFERS, UNTIED
+from gptj.pretrained.weight_loading import UNTIED
 
 PREFIX = GPTJPreTrainedModel.base_model_prefix + "."
 HEADS: dict[str, type[GPTJPreTrainedModel]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from gptj import storage
+from gptj.checkpoints.folder import check_outside
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.interop.conversion import read_all, specs_of
 from gptj.interop.formats import FormatName
@@ -34,13 +35,14 @@ def import_weights(
 
     Raises:
         FileNotFoundError, CheckpointError: see open_source.
+        ValueError: if the destination is within the source or the tokenizer's folder.
         AlreadyExistsError: if the destination is not empty.
     """
     target = parse_dtype(dtype)
     source, destination = normalized(source), normalized(destination)
     config = None if config is None else normalized(config)
     tokenizer = None if tokenizer is None else normalized(tokenizer)
-    check_new(destination)
+    check_new(destination, source, tokenizer)
     with open_source(
         source,
         format=format,
@@ -61,8 +63,18 @@ def import_weights(
         return opened.config
 
 
-def check_new(destination: str) -> None:
-    """AlreadyExistsError if a folder has files, StorageError if it is not writable."""
+def check_new(destination: str, *sources: str | None) -> None:
+    """Check that a new folder can be made of others.
+
+    Args:
+        sources: folders, local or `s3://`, or hub ids.
+
+    Raises:
+        ValueError: if it is within one of them.
+        AlreadyExistsError: if it has files.
+        StorageError: if it is not writable.
+    """
+    check_outside(destination, *sources)
     files = storage.list_files(destination)
     if files:
         names = sorted({PurePosixPath(file.name).parts[0] for file in files})[:5]

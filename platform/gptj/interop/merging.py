@@ -62,11 +62,12 @@ def merge_adapter(
         FileNotFoundError: if there is no base or no adapter.
         CheckpointError: naming what is damaged or not supported, or if the adapter belongs to
             another model.
+        ValueError: if the destination is within the base or the adapter.
         AlreadyExistsError: if the destination is not empty.
     """
     target = parse_dtype(dtype)
-    base, destination = normalized(base), normalized(destination)
-    check_new(destination)
+    base, adapter, destination = normalized(base), normalized(adapter), normalized(destination)
+    check_new(destination, base, adapter)
     with ModelFolder.open(adapter, weights=True) as folder, ExitStack() as stack:
         stored = read_adapter(folder)
         place = Base.named(stored.known_base, base, revision)

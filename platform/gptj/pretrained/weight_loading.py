@@ -10,15 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gptj.checkpoints.weights import one_dtype
+from gptj.checkpoints.weights import OLD_BUFFERS, PREFIX, one_dtype
 from gptj.errors import CheckpointError
 from gptj.layers.int4 import PARAMETERS, Int4Linear
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "transformer."  # prefix of the base model's parameters in a model with a head
-# Buffers of old checkpoints, which are constants: the causal mask and its value.
-OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")
 # Parameters of heads: another head's are skipped, missing ones newly initialised.
 HEADS = ("lm_head.", "score.", "qa_outputs.")
 

@@ -20,6 +20,7 @@ from gptj.data.documents import read_documents, windows
 from gptj.data.packing import WINDOW, pack
 from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
+from gptj.errors import CheckpointError
 from gptj.interop.conversion import specs_of
 from gptj.interop.importer import check_new
 from gptj.interop.source import Source, open_source
@@ -84,14 +85,14 @@ def quantize_model(
         device: where to compute.
 
     Raises:
-        FileNotFoundError, CheckpointError: see open_source.
+        FileNotFoundError, CheckpointError: see open_source; and if a weight is not finite.
         ValueError: if the model has another head, widths that are not multiples of GROUP_SIZE, or
-            no tokenizer for the calibration data.
+            no tokenizer for the calibration data; or if the destination is within the source.
         DataError: if there is too little calibration data.
         AlreadyExistsError: if the destination is not empty.
     """
     source, destination = normalized(source), normalized(destination)
-    check_new(destination)
+    check_new(destination, source)
     with open_source(source, revision=revision) as opened:
         config = opened.config
         _check(opened)
@@ -100,6 +101,7 @@ def quantize_model(
             if opened.tokenizer is None:
                 raise ValueError(f"{source} has no tokenizer, which calibration needs")
             ids = calibration.read(opened.tokenizer, config)
+        _check_finite(opened)
         plain = specs_of(opened.tensors, None, config)
         specs = [each for spec in plain for each in _quantized_specs(spec)]
         fields = int4.config_fields(actorder=None if ids is None else "weight")
@@ -129,6 +131,21 @@ def _check(source: Source) -> None:
             f"{source.address}: n_embd={config.n_embd} and n_inner={config.inner_dim} must be "
             f"multiples of {GROUP_SIZE}, whose inputs share a scale"
         )
+
+
+def _check_finite(source: Source) -> None:
+    """CheckpointError if a weight is not finite: with it, all outputs would be NaN.
+
+    Reads all weights, which takes seconds of the hours that follow.
+    """
+    for tensor in source.tensors:
+        values = tensor.load(tensor.dtype)
+        if values.numel() and not all(each.isfinite() for each in torch.aminmax(values)):
+            raise CheckpointError(
+                f"{tensor.name} of {source.address} has values that are not finite (NaN or "
+                f"infinity); remedy: the model before it was damaged, or before its training "
+                f"diverged"
+            )
 
 
 def _layer_of(name: str) -> int | None:

@@ -408,13 +408,7 @@ class Adapters:
 
     def _address(self, name: str) -> str | None:
         """A name's folder; None if the name is not valid below the root."""
-        if self._root is None or _NAME.fullmatch(name) is None:
-            return None
-        address = storage.join(self._root, name)
-        if not storage.is_s3(address):  # nor may a link lead out
-            if not Path(address).resolve().is_relative_to(Path(self._root).resolve()):
-                return None
-        return address
+        return None if self._root is None else address_below(self._root, name)
 
 
 async def _result(name: str, future: Future[Found], seconds: float) -> Found:
@@ -462,6 +456,17 @@ def check_name(name: str) -> str:
             f"{name!r:.80} is not a valid adapter name: letters, digits, . _ - and / between them"
         )
     return name
+
+
+def address_below(root: str, name: str) -> str | None:
+    """The folder of an adapter's name below a root; None if the name is not valid there."""
+    if _NAME.fullmatch(name) is None:
+        return None
+    address = storage.join(root, name)
+    if not storage.is_s3(address):  # nor may a link lead out
+        if not Path(address).resolve().is_relative_to(Path(root).resolve()):
+            return None
+    return address
 
 
 def check_adapter(address: str) -> None:

@@ -133,6 +133,23 @@ def join(address: str, *parts: str) -> str:
     return os.path.join(address, *parts)
 
 
+def name_within(address: str, folder: str) -> str | None:
+    """An address relative to a folder that it is in, "" for the folder itself; None: elsewhere.
+
+    Local ones may be relative to the current folder, and are compared where links lead.
+    """
+    if is_s3(address) != is_s3(folder):
+        return None
+    if is_s3(address):
+        inner, outer = normalized(address), normalized(folder)
+    else:
+        inner, outer = (os.path.realpath(local_path(each)) for each in (address, folder))
+    if inner == outer:
+        return ""
+    prefix = outer.rstrip("/") + "/"
+    return inner.removeprefix(prefix) if inner.startswith(prefix) else None
+
+
 def _normalized_s3(address: str) -> str:
     bucket, slash, key = address.removeprefix(_S3).partition("/")
     if not _BUCKET.fullmatch(bucket):

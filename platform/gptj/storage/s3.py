@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -271,11 +272,16 @@ def check_writable(folder: str) -> None:
 # Fall back to one key per request, for servers without batch deletes or that require an MD5
 # checksum, which boto3 no longer sends.
 _NO_BATCH_DELETE = ("MissingContentMD5", "NotImplemented", "501", "MethodNotAllowed", "405")
+# Characters that the XML of a batch delete cannot have, or changes.
+_NOT_IN_XML = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\ud800-\udfff\ufffe\uffff]")
 
 
 def _delete_keys(bucket: str, keys: Sequence[str]) -> None:
-    for start in range(0, len(keys), 1000):  # S3's limit for a request
-        batch = keys[start : start + 1000]
+    odd = [key for key in keys if _NOT_IN_XML.search(key)]
+    for_each(partial(_delete_key, bucket), odd)
+    plain = [key for key in keys if _NOT_IN_XML.search(key) is None]
+    for start in range(0, len(plain), 1000):  # S3's limit for a request
+        batch = plain[start : start + 1000]
         try:
             with explaining(bucket, batch[0]):
                 failed = _delete_batch(bucket, batch)
