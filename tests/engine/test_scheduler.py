@@ -108,6 +108,7 @@ def test_requests_that_do_not_fit_wait_and_are_not_overtaken(
     engine.close()
 
 
+@pytest.mark.slow
 def test_under_pressure_the_newest_is_preempted_and_gets_each_token_once(
     model: GPTJForCausalLM,
 ) -> None:

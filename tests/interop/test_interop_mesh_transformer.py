@@ -117,6 +117,7 @@ def test_a_checkpoint_imports_to_the_logits_of_its_model(
     check_equal(str(tmp_path / "model"), model, stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("full", "leaves"), [(False, 287), (True, 861)])
 def test_a_model_of_28_layers_has_the_published_number_of_leaves(
     full: bool, leaves: int, tmp_path: Path

@@ -63,6 +63,7 @@ def run_of(count: int = 1, **fields: Any) -> Settings:
     return Settings(**values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("adapter", [None, AdapterSettings()])
 def test_predicted_activations_equal_real_tensors(
@@ -87,6 +88,7 @@ def test_predicted_activations_equal_real_tensors(
     assert body + head == pytest.approx(real.peak, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_published_models_memory_is_as_known() -> None:
     """16 bytes a weight, and 18 where gradients of micro-batches are added up, in fp32.
 
@@ -328,6 +330,7 @@ def test_suggestions_are_written_as_command_line_settings() -> None:
     assert settings.adapter == AdapterSettings()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, {}])
 def test_suggestions_can_be_pasted_into_a_shell(
     adapter: dict[str, Any] | None, tmp_path: Path

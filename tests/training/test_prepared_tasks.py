@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from slow_cases import slow
 from task_data import make_data
 
 from gptj import GPTJConfig, GPTJTokenizer
@@ -85,7 +86,7 @@ def same(ours: Any, theirs: Any) -> None:
         assert tensor.dtype == batches[1][name].dtype and tensor.equal(batches[1][name])
 
 
-@pytest.mark.parametrize("form", ["jsonl", "csv"])
+@pytest.mark.parametrize("form", ["jsonl", *slow(["csv"])])
 @pytest.mark.parametrize("kind", LABELS)
 def test_prepared_labels_are_read_like_raw_ones(
     kind: str, form: str, tmp_path: Path, tokenizer: GPTJTokenizer

@@ -108,6 +108,7 @@ def test_the_line_of_a_step_is_what_the_program_of_faults_waits_for(
     assert [found[1] for found in map(STEP.search, caplog.messages) if found] == ["25"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_long_history_is_read(tmp_path: Path) -> None:
     """Beyond the limit of small files, as after 300,000 steps with log_every=1."""
     folder = tmp_path / "checkpoint-00300000"
@@ -129,6 +130,7 @@ def test_a_checkpoint_with_a_long_history_is_read(tmp_path: Path) -> None:
         read_progress(str(folder))
 
 
+@pytest.mark.slow
 def test_a_model_with_a_long_history_is_read(tmp_path: Path) -> None:
     """As earlier versions exported it, wherever training.json is read."""
     config = GPTJConfig(
@@ -164,6 +166,7 @@ def test_a_model_folder_has_a_long_history_in_fewer_points() -> None:
     assert thinned(history[:20_000]) == history[:20_000]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_long_history_in_its_model_is_complete(tmp_path: Path) -> None:
     """As earlier versions exported it: all points, beyond the limit of small files."""
     settings = Settings(storage=str(tmp_path))

@@ -91,6 +91,7 @@ def rendered(
         return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", CHATS)
 def test_published_templates_render_as_in_transformers(
     tokenizer: GPTJTokenizer, theirs: Any, chat: str

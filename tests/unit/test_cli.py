@@ -68,6 +68,7 @@ def run(*words: str, **options: Any) -> Any:
     return CliRunner().invoke(app, list(words), **options)
 
 
+@pytest.mark.slow
 def test_every_command_has_help() -> None:
     commands = re.findall(r"^  (\w+)  ", run("--help").stdout, re.MULTILINE)
     known = "up down train curves evaluate predict serve status verify models".split()

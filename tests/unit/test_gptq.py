@@ -148,6 +148,7 @@ def test_a_run_that_fails_leaves_no_model(tmp_path: Path) -> None:
         quantize_model(str(tmp_path / "model"), target, CALIBRATION)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "model")
     source, target = str(tmp_path / "model"), str(tmp_path / "quantized")
@@ -163,6 +164,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     assert not any(Path(target).iterdir())
 
 
+@pytest.mark.slow
 def test_the_job_writes_a_folder_and_prints_its_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
