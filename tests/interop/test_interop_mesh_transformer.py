@@ -82,6 +82,7 @@ def check_equal(address: str, model: GPTJForCausalLM, dtype: torch.dtype) -> Non
     verify(address)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shards", "kind", "dtype", "equal_biases"),
     [

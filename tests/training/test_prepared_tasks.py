@@ -464,6 +464,7 @@ def test_raw_data_is_prepared_once(tmp_path: Path, tokenizer: GPTJTokenizer) -> 
     assert len(made) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ROWS)
 def test_interrupted_runs_see_each_example_of_an_epoch_once(
     task: TaskName, tmp_path: Path, tokenizer: GPTJTokenizer

@@ -515,6 +515,7 @@ def test_a_bad_row_does_not_affect_the_others(addresses: dict[str, str], tmp_pat
     assert "context is 64" in found[1]["error"]
 
 
+@pytest.mark.slow
 def test_an_output_is_replaced_only_by_all_results(
     addresses: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

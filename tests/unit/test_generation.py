@@ -323,6 +323,7 @@ def test_padding_is_found_without_a_mask_as_transformers_does() -> None:
     assert ours.generate(tokens, max_new_tokens=8, pad_token_id=2).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_a_sample_and_another_differs() -> None:
     ours, _ = models()
     tokens, mask = prompts()

@@ -349,6 +349,7 @@ def test_several_values_are_compared_on_the_same_requests(
     assert few["replica_hours"] > many["replica_hours"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("application", ["classification", "question-answering"])
 def test_services_of_whole_rows_are_simulated_too(
     application: str, capsys: pytest.CaptureFixture[str]

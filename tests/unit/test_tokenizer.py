@@ -284,6 +284,7 @@ def test_padding_equals_transformers(
     assert_same(ours, theirs, PROMPT, **common)
 
 
+@pytest.mark.slow
 def test_the_padding_side_is_kept_with_the_tokenizer(folder: Path, tmp_path: Path) -> None:
     ours = GPTJTokenizer.from_pretrained(folder)
     ours.padding_side = "left"
