@@ -21,7 +21,7 @@ test: environment
 	$(BIN)/python -m pytest -m "alone and not nightly" tests/cluster
 SIDE_BY_SIDE = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# For each edit: tests without a cluster, a server or a program that takes seconds to start.
+# For each edit: tests without a cluster, an S3 server, kubectl or HAProxy, of at most half a second.
 quick: environment
 	$(QUICK)
 QUICK = $(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not server and not alone"

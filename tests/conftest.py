@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import logging
 import os
 import re
 import sys
@@ -211,6 +212,29 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA}: it is not part of the project")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks() -> Iterator[None]:
+    """No test cuts the power, and waiting for a disk takes milliseconds for each small file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses what is not an open file, too
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_logging_to_the_last_test() -> Iterator[None]:
+    """A job's main function, called in a test, logs for good to stdout, which pytest captures and
+    closes; later tests would log more than usual, and each line would be an error.
+    """
+    yield
+    root = logging.getLogger()
+    stale = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+    for handler in stale:
+        root.removeHandler(handler)
+    if stale:
+        for name in ("gptj", "preparing"):
+            logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]

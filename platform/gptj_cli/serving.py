@@ -27,7 +27,6 @@ from ray.util.state import list_nodes
 
 import deployments
 from deployments.loading import Arguments, check, name_of
-from gptj import storage
 from gptj.chat import READY
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig
@@ -120,15 +119,8 @@ def services(
 
 
 def _content(checkpoint: str) -> str:
-    """What identifies a checkpoint's files: without a manifest, a commit or when they changed."""
     with ModelFolder.open(checkpoint) as folder:
-        if folder.commit is not None:
-            return folder.commit
-        if folder.manifest is not None:
-            return folder.manifest.digest
-        files = storage.list_files(folder.address)
-    versions = sorted((file.name, file.size, file.version) for file in files)
-    return hashlib.sha256(json.dumps(versions).encode()).hexdigest()
+        return folder.identity
 
 
 def _reads_pairs(checkpoint: str) -> bool:

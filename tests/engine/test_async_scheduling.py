@@ -16,6 +16,7 @@ import pytest
 import torch
 from engine_caller import Caller, assert_same, search, submit, submit_many, tiny_model, tokens
 from plain_operations import PlainOperations
+from slow_cases import slow
 from torch import Tensor
 
 from gptj import GPTJForCausalLM
@@ -262,8 +263,8 @@ def test_preempted_requests_get_the_same_output(model: GPTJForCausalLM) -> None:
         assert found.events == expected.events
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 15, 16, 17, 33])
-@pytest.mark.parametrize("length", [1, 15, 16, 17])
+@pytest.mark.parametrize("max_tokens", [17, *slow([1, 2, 15, 16, 33])])
+@pytest.mark.parametrize("length", [16, *slow([1, 15, 17])])
 def test_cached_pages_have_the_content_of_their_tokens(
     model: GPTJForCausalLM, length: int, max_tokens: int
 ) -> None:

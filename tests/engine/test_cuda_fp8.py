@@ -142,6 +142,7 @@ def test_nan_and_infinity_make_a_whole_row_nan(number: float) -> None:
     assert bool(product[1].isnan().all())
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 33])
@@ -155,6 +156,7 @@ def test_products_equal_those_in_fp32(dtype: torch.dtype, wide: bool, rows: int)
         near(ours[row], theirs[row])
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("blocks", CANDIDATES, ids=str)
 def test_the_kernel_for_one_row_equals_the_product_in_fp32(

@@ -187,6 +187,7 @@ def test_attention_is_near_that_of_an_fp16_cache() -> None:
     assert 1e-3 < float(difference) < 0.05
 
 
+@pytest.mark.slow
 @shapes
 def test_numbers_of_any_size_are_cached_within_the_precision_of_e4m3(
     shape: str, dtype: torch.dtype
@@ -294,6 +295,7 @@ def test_rows_decode_from_a_copied_page_as_from_its_source(device: torch.device)
     runner.close()
 
 
+@pytest.mark.slow
 def test_texts_are_equal_with_and_without_prefix_caching(device: torch.device) -> None:
     """Texts do not depend on whether a prefix was computed or found in the cache."""
     model = tiny_model(device=device).half()

@@ -437,12 +437,17 @@ def test_a_gemv_that_does_not_compile_falls_back_to_pytorch(
 @pytest.mark.parametrize(
     "arguments", [[], pytest.param(["--all"], marks=pytest.mark.nightly)], ids=["one", "all"]
 )
-def test_the_kernels_compile_for_other_gpus(arguments: list[str], tmp_path: Path) -> None:
+def test_the_kernels_compile_for_other_gpus(
+    arguments: list[str], pytestconfig: pytest.Config
+) -> None:
     """Triton's own compiler and NVIDIA's assembler, for GPT-J 6B: on two GPUs, or on all.
 
-    With all, also the candidates that tuning measures.
+    With all, also the candidates that tuning measures. Triton keeps what it has compiled, by the
+    hash of all that it depends on: the next run compiles what has changed.
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    assert pytestconfig.cache is not None
+    folder = str(pytestconfig.cache.mkdir("triton"))
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder}
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     result = subprocess.run(
         [sys.executable, str(script), *arguments],

@@ -185,6 +185,7 @@ def test_int8_of_odd_widths(bits: Bits) -> None:
         near(ours, expected, SUMS)
 
 
+@pytest.mark.slow
 @both
 @dtypes
 def test_weights_are_dequantized_for_pytorch(bits: Bits, dtype: torch.dtype) -> None:
@@ -239,6 +240,7 @@ def test_splits_occupy_all_multiprocessors() -> None:
     assert splits(16, 64, 640, small) == 1
 
 
+@pytest.mark.slow
 @both
 def test_the_fastest_kernel_is_chosen_for_each_number_of_rows(
     bits: Bits, monkeypatch: pytest.MonkeyPatch
@@ -276,6 +278,7 @@ def test_the_fastest_kernel_is_chosen_for_each_number_of_rows(
     assert used == [fastest[0], fastest[1], fastest[1], fastest[2], None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("name", ["multiply_row", "multiply_rows"])
 def test_a_kernel_that_does_not_compile_is_not_chosen(

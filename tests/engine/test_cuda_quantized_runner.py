@@ -307,6 +307,7 @@ def test_widths_that_are_not_whole_groups_are_refused() -> None:
         operations_for(model, quantization="int4")
 
 
+@pytest.mark.slow
 def test_dequantizing_is_tried_before_the_weights_are_released(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

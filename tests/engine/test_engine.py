@@ -139,6 +139,7 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(engine: Engine) -> None:
         other.wait()
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_tokens_when_its_request_is_preempted(
     model: GPTJForCausalLM,
 ) -> None:

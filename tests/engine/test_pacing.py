@@ -91,6 +91,7 @@ def test_a_target_that_is_not_positive_is_refused(target: float) -> None:
         PrefillPacer(target, 256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [None, 0.020])
 def test_a_long_prompt_beside_a_stream_keeps_the_target(
     monkeypatch: pytest.MonkeyPatch, target: float | None

@@ -61,6 +61,7 @@ def test_a_long_prompt_neither_stalls_decoding_nor_exceeds_the_token_budget(
     engine.close()
 
 
+@pytest.mark.slow
 def test_prompts_advance_even_with_max_num_seqs_decoding(
     model: GPTJForCausalLM,
 ) -> None:
@@ -108,6 +109,7 @@ def test_requests_that_do_not_fit_wait_and_are_not_overtaken(
     engine.close()
 
 
+@pytest.mark.slow
 def test_under_pressure_the_newest_is_preempted_and_gets_each_token_once(
     model: GPTJForCausalLM,
 ) -> None:
@@ -170,6 +172,7 @@ def test_equal_pages_after_different_prefixes_are_not_shared(model: GPTJForCausa
     engine.close()
 
 
+@pytest.mark.slow
 def test_cached_prefixes_are_evicted_for_running_sequences(model: GPTJForCausalLM) -> None:
     engine = Engine(TorchRunner(model, 6), eos_ids=[])
     for number in range(6):

@@ -101,6 +101,7 @@ def params_of(rng: random.Random, prompt: Sequence[int]) -> SamplingParams:
     return SamplingParams(**chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed",
     [
@@ -156,6 +157,7 @@ def test_outputs_equal_those_without_speculation(model: GPTJForCausalLM, seed: i
     plain.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "int8", "gpu"])
 def test_outputs_on_other_runners_equal_those_without_speculation(
     model: GPTJForCausalLM, kind: Any, device: torch.device
@@ -204,6 +206,7 @@ def runner_of(kind: Any, model: GPTJForCausalLM, device: torch.device) -> Runner
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 def test_a_sampled_token_has_the_models_distribution_whatever_is_drafted() -> None:
     """Chi-squared over a small vocabulary, of the token after an accepted one, at p = 1e-4."""
     size, rows = 6, 5000

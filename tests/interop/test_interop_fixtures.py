@@ -44,6 +44,7 @@ def test_every_class_has_a_fixture() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_imported_fixtures_compute_the_same_outputs(name: str, tmp_path: Path) -> None:
     """Outputs of about 1 in float32; three programs add in different orders."""

@@ -156,6 +156,7 @@ def test_a_damaged_file_raises_our_error(
     assert sum(error is not None for error in errors) > count / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressed", [True, False], ids=["outside", "inside"])
 def test_a_damaged_stream_raises_our_error(compressed: bool, tmp_path: Path) -> None:
     """Damage of the compressed bytes, and of what they hold."""

@@ -82,6 +82,7 @@ def check_equal(address: str, model: GPTJForCausalLM, dtype: torch.dtype) -> Non
     verify(address)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shards", "kind", "dtype", "equal_biases"),
     [
@@ -117,6 +118,7 @@ def test_a_checkpoint_imports_to_the_logits_of_its_model(
     check_equal(str(tmp_path / "model"), model, stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("full", "leaves"), [(False, 287), (True, 861)])
 def test_a_model_of_28_layers_has_the_published_number_of_leaves(
     full: bool, leaves: int, tmp_path: Path

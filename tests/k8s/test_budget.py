@@ -21,6 +21,8 @@ from manifests import Object, of_kind, selects
 
 from deployments.budget import Kubernetes, apply
 
+pytestmark = pytest.mark.slow  # kubectl builds the manifests
+
 CLUSTER = "gptj-abcde"
 TOKEN = "a-token-of-the-account"
 
@@ -120,7 +122,6 @@ def test_a_cluster_being_deleted_gets_no_budget(server: ApiServer, tmp_path: Pat
     assert not server.budgets
 
 
-@pytest.mark.slow
 def test_requests_to_a_busy_server_are_retried(server: ApiServer, tmp_path: Path) -> None:
     server.refusals = [503, 429]
     apply(Kubernetes(server.address, tmp_path), CLUSTER, 1)
@@ -142,7 +143,6 @@ def test_a_refusal_fails_at_once_with_the_servers_message(
     assert not server.budgets
 
 
-@pytest.mark.slow
 def test_outside_a_pod_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     done = subprocess.run(

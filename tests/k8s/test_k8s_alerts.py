@@ -11,6 +11,8 @@ import promql_parser
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow  # programs run
+
 CASES = Path(__file__).with_name("alerts.yaml")
 
 

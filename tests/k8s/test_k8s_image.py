@@ -144,6 +144,7 @@ def test_code_for_gpus_is_found_in_a_library(check: ModuleType, tmp_path: Path) 
     assert check.architectures(library) == ["compute_120", "sm_120", "sm_80"]
 
 
+@pytest.mark.slow
 def test_unpinned_packages_are_named(check: ModuleType) -> None:
     """In this environment too, where PyTorch's build for CPUs counts as its release."""
     assert check.unpinned(CONSTRAINTS + "pip==0\n") == check.unpinned(CONSTRAINTS)

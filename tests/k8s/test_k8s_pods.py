@@ -18,6 +18,8 @@ import yaml
 from kuberay_operator import quantity
 from manifests import K8S, Object, kustomize, made_clusters, named, of_kind, selects, templates
 
+pytestmark = pytest.mark.slow  # kubectl builds the manifests
+
 OVERLAYS = sorted(path.parent for path in (K8S / "overlays").glob("*/kustomization.yaml"))
 TRAININGS = sorted(
     path.parent for path in (K8S / "training" / "overlays").glob("*/kustomization.yaml")

@@ -17,6 +17,8 @@ import yaml
 from kuberay_operator import quantity
 from manifests import K8S, ROOT, Object, made_clusters, of_kind, program, templates
 
+pytestmark = pytest.mark.slow  # kubectl builds the manifests
+
 README = (K8S / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
 
@@ -45,7 +47,6 @@ def help_of(*subcommand: str) -> str:
     return done.stdout + options.stdout
 
 
-@pytest.mark.slow
 def test_kubectl_knows_each_command_and_its_flags() -> None:
     checked = 0
     for words in commands():
@@ -66,7 +67,6 @@ def test_kubectl_knows_each_command_and_its_flags() -> None:
     assert checked > 15
 
 
-@pytest.mark.slow
 def test_files_folders_and_objects_in_the_commands_exist(objects: list[Object]) -> None:
     names = {(each["kind"].lower(), each["metadata"]["name"]) for each in objects}
     service = of_kind(objects, "RayService")[0]["metadata"]["name"]

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import yaml
 from manifests import (
     K8S,
@@ -29,6 +30,8 @@ from gptj.serving.completions.schemas import ModelCard
 from gptj.serving.generation import generation_app
 from gptj.serving.pages import docs, playground
 from gptj.training.settings import Settings, read_settings
+
+pytestmark = pytest.mark.slow  # kubectl builds the manifests
 
 
 def test_images_are_pinned_or_ours(objects: list[Object]) -> None:

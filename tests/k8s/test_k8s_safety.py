@@ -6,6 +6,7 @@ import ipaddress
 import re
 import subprocess
 
+import pytest
 import yaml
 from manifests import (
     K8S,
@@ -17,6 +18,8 @@ from manifests import (
     selects,
     templates,
 )
+
+pytestmark = pytest.mark.slow  # kubectl builds the manifests
 
 
 def test_every_pod_passes_the_restricted_standard(objects: list[Object]) -> None:

@@ -21,6 +21,8 @@ from manifests import (
     templates,
 )
 
+pytestmark = pytest.mark.slow  # kubectl builds the manifests
+
 CRDS = ROOT.parent / "shared" / "kuberay"
 CUSTOM = {
     *("RayService", "RayJob", "PodMonitor", "PrometheusRule", "LocalQueue", "CiliumNetworkPolicy"),
@@ -28,7 +30,6 @@ CUSTOM = {
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 
 
-@pytest.mark.slow
 def test_each_object_matches_kubernetes_schemas(objects: list[Object]) -> None:
     """Strictly: an unknown field is a fault. The latest version, and the oldest that we support."""
     for each in objects:
@@ -70,7 +71,6 @@ def close(schema: Object) -> None:
             close(schema[key])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["RayService", "RayJob"])
 def test_each_ray_object_matches_kuberays_schema(objects: list[Object], kind: str) -> None:
     schema = crd(kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+import pytest
 import yaml
 from manifests import (
     K8S,
@@ -13,6 +14,8 @@ from manifests import (
 )
 
 from gptj_local.ray import SERVE
+
+pytestmark = pytest.mark.slow  # kubectl builds the manifests
 
 
 def test_the_rayservice_has_serve_yaml_with_its_own_place(objects: list[Object]) -> None:

@@ -30,6 +30,8 @@ from gptj.training.settings import Settings, read_settings
 from gptj_jobs import pre_stop
 from gptj_local.ray import HAPROXY, SERVE
 
+pytestmark = pytest.mark.slow  # kubectl builds the manifests
+
 SIX_B = GPTJConfig.preset("6b")
 TEAM = K8S / "team"
 CARDS = {"gpu-16": 16, "gpu": 24, "gpu-40": 40, "gpu-80": 80}
@@ -49,7 +51,6 @@ def variant(request: pytest.FixtureRequest) -> Any:
     return name, build(name if name in CARDS else f"gpu+{name}")
 
 
-@pytest.mark.slow
 def test_variants_match_the_schemas(variant: tuple[str, list[Object]], plain: list[Object]) -> None:
     """What differs from the overlay for 24 GB, which other tests check."""
     _, objects = variant
@@ -62,7 +63,6 @@ def test_variants_match_the_schemas(variant: tuple[str, list[Object]], plain: li
         schemas.test_each_ray_object_matches_kuberays_schema(changed, each["kind"])
 
 
-@pytest.mark.slow
 def test_variants_are_as_safe(variant: tuple[str, list[Object]]) -> None:
     _, objects = variant
     safety.test_every_pod_passes_the_restricted_standard(objects)
@@ -72,7 +72,6 @@ def test_variants_are_as_safe(variant: tuple[str, list[Object]]) -> None:
     references.test_images_are_pinned_or_ours(objects)
 
 
-@pytest.mark.slow
 def test_serve_accepts_variants(variant: tuple[str, list[Object]]) -> None:
     name, objects = variant
     serve.test_the_rayservice_has_serve_yaml_with_its_own_place(objects)
@@ -148,7 +147,6 @@ def test_a_cards_settings_match_the_computed_ones(overlay: str) -> None:
     assert quantity(pod["containers"][0]["resources"]["requests"]["memory"]) >= needed
 
 
-@pytest.mark.slow
 def test_the_documented_table_of_cards_matches_the_computed_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -338,7 +336,6 @@ def team() -> list[Object]:
     ]
 
 
-@pytest.mark.slow
 def test_a_teams_deployment_is_complete_and_in_its_own_namespace(
     team: list[Object], plain: list[Object]
 ) -> None:

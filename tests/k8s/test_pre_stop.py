@@ -11,6 +11,8 @@ import pytest
 
 from gptj_local.hosts import obstacle
 
+pytestmark = pytest.mark.slow  # programs run
+
 DRIVER = """
 import signal, sys, time
 from pathlib import Path

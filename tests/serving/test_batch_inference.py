@@ -397,6 +397,7 @@ HELLO = [{"role": "user", "content": "Who wrote the book?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 5, "model": "generation"}
 
 
+@pytest.mark.slow
 def test_openais_batch_file_gives_openais_result_files(
     addresses: Mapping[str, str], models: Models, tmp_path: Path, output: str, service: str
 ) -> None:

@@ -32,6 +32,8 @@ from deployments import haproxy, proxy
 from gptj.serving.entry.connections import ConnectionLimits
 from gptj_local.processes import HOST, free_ports, running, tail
 
+pytestmark = pytest.mark.slow  # HAProxy runs
+
 
 class Replica(ThreadingHTTPServer):
     """Answers with its number, or dies: closes the connection instead."""
@@ -273,7 +275,6 @@ def test_what_full_replicas_refuse_haproxy_refuses_from_then_on(
         assert each.headers["x-request-id"] == each.request.headers["x-request-id"]
 
 
-@pytest.mark.slow
 def test_a_connection_that_retries_at_once_waits_for_its_next_refusal(
     tmp_path: Path, replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -465,7 +466,6 @@ def test_haproxy_accepts_all_of_rays_configurations(
         assert ("no application is deployed yet" in path.read_text()) == (not servers)
 
 
-@pytest.mark.slow
 def test_a_replica_may_be_silent_for_longer_than_a_client(
     tmp_path: Path, replicas: list[Replica]
 ) -> None:

@@ -89,6 +89,7 @@ def test_a_tokenizer_with_an_id_beyond_the_embedding_is_refused(
                 refuse(cls, Arguments(checkpoint=address, dtype="float32"))
 
 
+@pytest.mark.slow
 def test_what_is_loaded_is_not_collected_again() -> None:
     loaded = [{"name": [number]} for number in range(1000)]
     gc.unfreeze()
@@ -312,6 +313,7 @@ def test_a_chat_template_is_checked_before_anything_is_deployed(
             check(GPTJForCausalLM, GenerationArguments(checkpoint=checkpoint, chat_template=given))
 
 
+@pytest.mark.slow
 def test_outputs_also_end_at_the_end_tokens_of_the_generation_config(
     models: Models, tmp_path: Path
 ) -> None:

@@ -403,6 +403,7 @@ def test_unknown_prompts_are_balanced() -> None:
     routed(test)
 
 
+@pytest.mark.slow
 def test_unknown_prompts_take_as_long_as_behind_serves_router() -> None:
     """Simulated: 16 clients, and three replicas that share their time among their requests."""
 

@@ -24,6 +24,7 @@ from peft_adapters import KINDS, Made, make_adapter
 from safetensors.torch import load_file, save_file
 from serving_client import CHATS, COMPLETIONS, assert_error, complete, greedy, streamed, text_of
 from serving_models import SENTENCES, TEMPLATE, Models, served_with_adapters
+from slow_cases import slow
 
 from deployments.generation import Arguments, new_engine_runner
 from deployments.in_process import InProcessService
@@ -277,46 +278,82 @@ def tokenizer_with(token: str) -> GPTJTokenizer:
     ("damage", "reason"),
     [
         (lambda folder: damage_config(folder, use_dora=True), "use_dora=True is not supported"),
-        (lambda folder: damage_config(folder, r=65), "rank 65"),
-        (lambda folder: damage_config(folder, r=2), "has the shape"),
-        (lambda folder: damage_config(folder, target_modules=["q_proj"]), "not among"),
-        (lambda folder: damage_config(folder, target_modules=["fc_in"]), "is missing"),
-        (lambda folder: damage_config(folder, modules_to_save=["lm_head"]), "modules_to_save"),
-        (lambda folder: damage_config(folder, task_type="SEQ_CLS"), "SequenceClassification"),
-        (lambda folder: (folder / FILE).unlink(), "adapter_model"),
         (cut, FILE),
         (spoil, "non-finite"),
         (lambda folder: pickled(folder, [1]), "not a plain state dict"),
-        (lambda folder: pickled(folder, {1: torch.zeros(1)}), "it has the name 1"),
-        (lambda folder: pickled(folder, {"model": load_file(folder / FILE)}), "['model'], FILE"),
         (write("chat_template.jinja", "{% if %}"), "Jinja"),
-        (write("chat_template.jinja", "a" * 2**16 + "a"), "at most 65536: shorten it"),
-        (write("tokenizer_config.json", {"chat_template": "a" * 2**17}), "has 131072 bytes"),
-        (write("chat_template.jinja", b"\xff"), "chat_template.jinja: 'utf-8' codec can't decode"),
-        (write("tokenizer_config.json", {"chat_template": "{% if %}"}), "Jinja"),
-        (write("tokenizer_config.json", {"chat_template": 5}), "chat_template must be a text"),
-        (write("tokenizer_config.json", {"eos_token": ["a"]}), "a token must be a string"),
-        (write("tokenizer_config.json", []), "it is not a JSON object"),
-        (write("special_tokens_map.json", "{"), "special_tokens_map.json is damaged"),
-        (write("added_tokens.json", {"<|user|>": [1]}), "added_tokens.json: the id of '<|user|>' "),
         (write("added_tokens.json", {"<|user|>": 320}), "adds the token '<|user|>'"),
-        (write("tokenizer_config.json", {"added_tokens_decoder": [1]}), "must map ids"),
-        (
-            write("tokenizer_config.json", {"added_tokens_decoder": {"320": {"content": "<s>"}}}),
-            "adds the token '<s>'",
-        ),
-        (write("special_tokens_map.json", {"sep_token": "<s>"}), "adds the token '<s>'"),
-        (
-            write("special_tokens_map.json", {"additional_special_tokens": ["<s>"]}),
-            "adds the token '<s>'",
-        ),
-        (write("vocab.json", {"a": 0}), "neither tokenizer.json nor vocab.json with merges.txt"),
-        (write("merges.txt", ""), "neither tokenizer.json nor vocab.json with merges.txt"),
-        (write("tokenizer.json", "{"), "cannot read"),
-        (lambda folder: tokenizer_with("<s>").save_pretrained(folder), "adds the token '<s>'"),
-        (
-            lambda folder: gapped(GPTJTokenizer.train(SENTENCES, 300), 999).save_pretrained(folder),
-            "its id of 'z' is 999, not",
+        *slow(
+            [
+                (lambda folder: damage_config(folder, r=65), "rank 65"),
+                (lambda folder: damage_config(folder, r=2), "has the shape"),
+                (lambda folder: damage_config(folder, target_modules=["q_proj"]), "not among"),
+                (lambda folder: damage_config(folder, target_modules=["fc_in"]), "is missing"),
+                (
+                    lambda folder: damage_config(folder, modules_to_save=["lm_head"]),
+                    "modules_to_save",
+                ),
+                (
+                    lambda folder: damage_config(folder, task_type="SEQ_CLS"),
+                    "SequenceClassification",
+                ),
+                (lambda folder: (folder / FILE).unlink(), "adapter_model"),
+                (lambda folder: pickled(folder, {1: torch.zeros(1)}), "it has the name 1"),
+                (
+                    lambda folder: pickled(folder, {"model": load_file(folder / FILE)}),
+                    "['model'], FILE",
+                ),
+                (write("chat_template.jinja", "a" * 2**16 + "a"), "at most 65536: shorten it"),
+                (
+                    write("tokenizer_config.json", {"chat_template": "a" * 2**17}),
+                    "has 131072 bytes",
+                ),
+                (
+                    write("chat_template.jinja", b"\xff"),
+                    "chat_template.jinja: 'utf-8' codec can't decode",
+                ),
+                (write("tokenizer_config.json", {"chat_template": "{% if %}"}), "Jinja"),
+                (
+                    write("tokenizer_config.json", {"chat_template": 5}),
+                    "chat_template must be a text",
+                ),
+                (write("tokenizer_config.json", {"eos_token": ["a"]}), "a token must be a string"),
+                (write("tokenizer_config.json", []), "it is not a JSON object"),
+                (write("special_tokens_map.json", "{"), "special_tokens_map.json is damaged"),
+                (
+                    write("added_tokens.json", {"<|user|>": [1]}),
+                    "added_tokens.json: the id of '<|user|>' ",
+                ),
+                (write("tokenizer_config.json", {"added_tokens_decoder": [1]}), "must map ids"),
+                (
+                    write(
+                        "tokenizer_config.json",
+                        {"added_tokens_decoder": {"320": {"content": "<s>"}}},
+                    ),
+                    "adds the token '<s>'",
+                ),
+                (write("special_tokens_map.json", {"sep_token": "<s>"}), "adds the token '<s>'"),
+                (
+                    write("special_tokens_map.json", {"additional_special_tokens": ["<s>"]}),
+                    "adds the token '<s>'",
+                ),
+                (
+                    write("vocab.json", {"a": 0}),
+                    "neither tokenizer.json nor vocab.json with merges.txt",
+                ),
+                (write("merges.txt", ""), "neither tokenizer.json nor vocab.json with merges.txt"),
+                (write("tokenizer.json", "{"), "cannot read"),
+                (
+                    lambda folder: tokenizer_with("<s>").save_pretrained(folder),
+                    "adds the token '<s>'",
+                ),
+                (
+                    lambda folder: gapped(GPTJTokenizer.train(SENTENCES, 300), 999).save_pretrained(
+                        folder
+                    ),
+                    "its id of 'z' is 999, not",
+                ),
+            ]
         ),
     ],
 )
@@ -380,6 +417,7 @@ def test_a_storage_outage_only_affects_adapters_not_in_memory(
     assert_error(ask(lora, "team/everything"), 503, "does not answer")
 
 
+@pytest.mark.slow
 def test_adapters_take_turns_in_memory(
     models: Models, root: Path, merged: dict[str, Models], counts: Counts
 ) -> None:

@@ -46,6 +46,7 @@ def test_hugging_faces_client_classifies(service: str, models: Models) -> None:
     assert best.score != pytest.approx(expected[0][1])
 
 
+@pytest.mark.slow
 def test_concurrent_texts_are_classified_as_alone(service: str, models: Models) -> None:
     texts = [sentence[:length] for sentence in SENTENCES for length in range(1, 14)]
 

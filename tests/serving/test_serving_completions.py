@@ -13,6 +13,7 @@ import pytest
 import torch
 from serving_client import assert_alike, complete, greedy, streamed, text_of
 from serving_models import PROMPTS, Models
+from slow_cases import slow
 
 from gptj.sampling import SamplingParams, adjust
 
@@ -68,7 +69,7 @@ STREAMS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("fields", STREAMS, ids=str)
+@pytest.mark.parametrize("fields", [*STREAMS[:5], *slow(STREAMS[5:])], ids=str)
 def test_a_stream_adds_up_to_the_unstreamed_reply(service: str, fields: dict[str, Any]) -> None:
     fields = {"prompt": PROMPTS[0], **fields}
     # Batches differ between the two, and so the order of summation in fp32.
@@ -123,6 +124,7 @@ def test_openais_async_client_reads_several_streams_at_once(service: str, models
     assert expected[0].startswith(texts[0])
 
 
+@pytest.mark.slow
 def test_concurrent_requests_get_what_they_get_alone(service: str, models: Models) -> None:
     """More than a batch holds, of all lengths, streamed and not, greedy and drawn."""
 

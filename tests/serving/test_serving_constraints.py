@@ -16,6 +16,7 @@ import pydantic
 import pytest
 from serving_client import complete, greedy, streamed, text_of
 from serving_models import Models, served_with_adapters
+from slow_cases import slow
 
 from gptj.chat import READY, ChatTemplate, read_template
 from gptj.serving.completions.constraints import ConstraintFields
@@ -137,7 +138,7 @@ def test_a_stop_string_ends_an_output_before_its_grammar(service: str) -> None:
     assert (choice["text"], choice["finish_reason"]) == ("abc-def", "stop")
 
 
-@pytest.mark.parametrize("name", READY)
+@pytest.mark.parametrize("name", ["dolly", *slow(sorted({*READY} - {"dolly"}))])
 def test_a_templates_stop_strings_do_not_cut_structured_output(models: Models, name: str) -> None:
     template = read_template(name)
     stops = ChatTemplate(template).stop

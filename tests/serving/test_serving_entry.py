@@ -130,6 +130,7 @@ def test_a_retry_has_the_same_seed(replicas: Replicas, calm: str, fields: dict[s
     assert again["choices"] != reply["choices"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -160,6 +161,7 @@ def test_a_sampled_stream_without_a_seed_resumes(replicas: Replicas, calm: str) 
     assert choice["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_a_stream_that_cannot_resume_ends_with_an_error(replicas: Replicas, calm: str) -> None:
     replicas.dies = lambda number: 2
     # More tokens than a message has, even on a busy machine, which sends several together.

@@ -105,6 +105,7 @@ def test_special_tokens_are_left_out_unless_requested(service: str, models: Mode
     assert logged["logprobs"]["text_offset"] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_prompt_is_truncated_to_its_last_tokens(service: str, models: Models) -> None:
     ids = models.tokenizer.encode(PROMPTS[4])
     for prompt in (PROMPTS[4], ids):

@@ -149,6 +149,7 @@ def test_a_keys_file_without_keys_does_not_open_the_service(tmp_path: Path) -> N
     assert not keys.allow(None)
 
 
+@pytest.mark.slow
 def test_the_command_creates_a_key_and_shows_it_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gptj.serving.keys", "search-team"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -297,6 +298,7 @@ def test_a_request_retried_after_its_minute_is_not_charged_twice() -> None:
     assert counts.reserve("k", limits, "long", 10).refused == "tokens"
 
 
+@pytest.mark.slow
 def test_limits_hold_for_many_clients_at_once(guarded: str, file: KeyFile) -> None:
     file.write(entry("many", requests_per_minute=20))
     with ThreadPoolExecutor(16) as pool:

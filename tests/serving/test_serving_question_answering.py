@@ -119,6 +119,7 @@ def test_question_length_can_be_limited(service: str) -> None:
     assert long.score == pytest.approx(limited.score, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_concurrent_questions_are_answered_as_alone(service: str) -> None:
     bodies = [
         {"inputs": {"question": question, "context": " ".join(SENTENCES)[start:]}}

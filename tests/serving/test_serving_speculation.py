@@ -29,6 +29,7 @@ def fields_of(models: Models) -> dict[str, dict[str, Any]]:
 KINDS = ("stop strings", "a stop string that is shown", "samples", "logprobs", "bans", "a format")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_replies_equal_those_without(service: str, models: Models, kind: str) -> None:
     fields = {**LONG, "prompt": PROMPTS[0] * 3, **fields_of(models)[kind]}

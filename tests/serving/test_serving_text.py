@@ -47,6 +47,7 @@ def reference(ids: list[int], stop: list[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
+@pytest.mark.slow
 @given(IDS)
 @settings(max_examples=300)
 def test_the_parts_of_any_ids_add_up_to_the_decoded_text(ids: list[int]) -> None:
@@ -70,6 +71,7 @@ def test_text_ends_before_the_first_stop_string_and_no_part_of_it_leaks(
     assert text.sent == len(expected)
 
 
+@pytest.mark.slow
 @given(IDS, st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=2))
 @settings(max_examples=300)
 def test_stop_strings_in_any_ids_match_decoding_everything(ids: list[int], stop: list[str]) -> None:
@@ -159,6 +161,7 @@ def test_text_can_end_after_the_stop_string_instead(letters: str, stop: list[str
     assert ("".join(parts), text.stopped) == with_stop(flat, stop)
 
 
+@pytest.mark.slow
 @given(IDS, st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=2))
 @settings(max_examples=300)
 def test_text_of_any_ids_can_end_after_the_stop_string(ids: list[int], stop: list[str]) -> None:

@@ -310,6 +310,7 @@ def every_span(
     return sorted(scores, key=lambda each: -each[2])
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
@@ -342,6 +343,7 @@ def test_the_best_spans_equal_an_exhaustive_search(
         assert span.score == pytest.approx(score, rel=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),

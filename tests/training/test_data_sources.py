@@ -413,6 +413,7 @@ def test_rows_that_begin_like_squads_own_file_are_rows(tmp_path: Path) -> None:
     assert [row["text"] for row in values(path)] == ["c", "c"]
 
 
+@pytest.mark.slow
 def test_numbers_of_squads_own_file_may_lie_at_any_border(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

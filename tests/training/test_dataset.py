@@ -93,6 +93,7 @@ def test_memory_mapped_data_equals_the_tokenized_data(
         ]
 
 
+@pytest.mark.slow
 def test_concurrent_processes_read_the_rows_once(
     tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_restarted_group_of_workers_reuses_its_nodes_examples(
     damage: str, tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch

@@ -56,6 +56,7 @@ def test_documents_that_share_a_row_attend_only_to_themselves() -> None:
     assert counts["concatenate"] > 2 * counts["none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_matrix_peak_is_plausible(dtype: torch.dtype, device: torch.device) -> None:
     assert 1e7 < matrix_peak(device, dtype) < 1e17

@@ -62,6 +62,7 @@ def run_of(count: int = 1, **fields: Any) -> Settings:
     return Settings(**values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, "selective", True])
 @pytest.mark.parametrize("adapter", [None, AdapterSettings()])
 def test_predicted_activations_equal_real_tensors(
@@ -86,6 +87,7 @@ def test_predicted_activations_equal_real_tensors(
     assert body + head == pytest.approx(real.peak, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_published_models_memory_is_as_known() -> None:
     """16 bytes a weight, and 18 where gradients of micro-batches are added up, in fp32.
 
@@ -103,6 +105,7 @@ def test_the_published_models_memory_is_as_known() -> None:
     assert adapter.device["optimizer"] < 0.1 * GB
 
 
+@pytest.mark.slow
 def test_what_a_run_needs_to_resume_counts_too() -> None:
     """Moments in 8 bits come back with a scale for each number: 16 bytes a weight, on the host."""
     settings = run_of(4, optimizer={"moments": "8bit"})
@@ -114,6 +117,7 @@ def test_what_a_run_needs_to_resume_counts_too() -> None:
     assert "restoring" not in plan_memory(run_of(4), SIX, on_gpu=True).host
 
 
+@pytest.mark.slow
 def test_workers_that_share_nothing_copy_their_gradients_to_add_them_up() -> None:
     """At stage 0 in fp32: at most half a thousand million at a time, and a worker alone none."""
     whole = {"stage": 0, "precision": "fp32"}
@@ -178,6 +182,7 @@ def test_a_run_that_its_hosts_may_not_hold_is_warned_of(caplog: pytest.LogCaptur
         check_gpu_memory(run_of(4), SIX, Gpu(24 * GB, bf16=True), Host(10 * GB, gpus=8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [True, False])
 def test_bf16_is_suggested_where_fp32_is_what_does_not_fit(bf16: bool) -> None:
     settings = run_of(1, adapter={}, deepspeed={"stage": 2, "precision": "fp32"})
@@ -255,6 +260,7 @@ def test_nothing_is_refused_before_the_cluster_has_its_machines(
             check_memory(settings, config, False, 128)
 
 
+@pytest.mark.slow
 def test_nothing_is_refused_if_gpus_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """They may be taken, or on a node that takes minutes to start."""
 
@@ -270,6 +276,7 @@ def test_nothing_is_refused_if_gpus_do_not_answer(monkeypatch: pytest.MonkeyPatc
         check_memory(run_of(4), SIX, True, 1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fitted", [False, True])
 def test_a_run_that_has_fitted_before_resumes(
     fitted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -327,6 +334,7 @@ def test_suggestions_are_written_as_command_line_settings() -> None:
     assert settings.adapter == AdapterSettings()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, {}])
 def test_suggestions_can_be_pasted_into_a_shell(
     adapter: dict[str, Any] | None, tmp_path: Path

@@ -24,6 +24,8 @@ from gptj.environment.extras import Extra
 from gptj.training import operators
 from gptj.training.operators import builders, guarded_builds
 
+pytestmark = pytest.mark.slow  # DeepSpeed is imported, and operators are built
+
 FORK = multiprocessing.get_context("fork")
 # As training imports it: without what nothing uses.
 OpBuilder = builders.OpBuilder

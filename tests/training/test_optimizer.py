@@ -47,6 +47,7 @@ def dequantized(state: dict[str, torch.Tensor], moment: int) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_moments_are_stored_in_the_papers_data_type(device: torch.device) -> None:
     """After a step from zero they are 0.1 g and 0.001 g^2, to the nearest value or one beside it.
 

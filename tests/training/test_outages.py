@@ -77,6 +77,7 @@ def test_a_job_outlasts_an_outage_while_rows_are_answered(outages: Any) -> None:
     assert len(chunk.entries) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "patient"),
     [

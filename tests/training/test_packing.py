@@ -126,6 +126,7 @@ def test_logits_equal_those_of_each_document_alone(
         torch.testing.assert_close(packed[place], alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close(
     dtype: torch.dtype, tokenizer: GPTJTokenizer, device: torch.device

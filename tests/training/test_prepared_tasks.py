@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from slow_cases import slow
 from task_data import make_data
 
 from gptj import GPTJConfig, GPTJTokenizer
@@ -85,7 +86,7 @@ def same(ours: Any, theirs: Any) -> None:
         assert tensor.dtype == batches[1][name].dtype and tensor.equal(batches[1][name])
 
 
-@pytest.mark.parametrize("form", ["jsonl", "csv"])
+@pytest.mark.parametrize("form", ["jsonl", *slow(["csv"])])
 @pytest.mark.parametrize("kind", LABELS)
 def test_prepared_labels_are_read_like_raw_ones(
     kind: str, form: str, tmp_path: Path, tokenizer: GPTJTokenizer
@@ -463,6 +464,7 @@ def test_raw_data_is_prepared_once(tmp_path: Path, tokenizer: GPTJTokenizer) -> 
     assert len(made) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ROWS)
 def test_interrupted_runs_see_each_example_of_an_epoch_once(
     task: TaskName, tmp_path: Path, tokenizer: GPTJTokenizer

@@ -60,6 +60,7 @@ def file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"file://{tmp_path}/mlruns"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # MLflow's own, of its file store
 def test_mlflow_gets_the_settings_and_points_of_a_run_and_its_continuation(
     tmp_path: Path, file_store: str
@@ -160,6 +161,7 @@ def test_a_tracker_without_credentials_is_refused_with_the_librarys_message(
         opened(settings_of(tmp_path, mlflow="nothing:///x"), tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_tracker_that_is_down_as_a_run_resumes_costs_a_warning(
     tmp_path: Path,

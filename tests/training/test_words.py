@@ -45,6 +45,7 @@ def test_a_span_widens_to_whole_words(text: str, cut: str, whole: str) -> None:
     assert text[slice(*Words(text).widen(start, start + len(cut)))] == whole
 
 
+@pytest.mark.slow
 @given(st.text("ab1'., \u0301国語กิ😀\u200d\n", min_size=1, max_size=20), st.data())
 def test_widening_contains_the_span_and_is_idempotent(text: str, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(text) - 1))

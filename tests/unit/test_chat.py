@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import transformers
+from slow_cases import slow
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
@@ -91,6 +92,7 @@ def rendered(
         return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", CHATS)
 def test_published_templates_render_as_in_transformers(
     tokenizer: GPTJTokenizer, theirs: Any, chat: str
@@ -434,7 +436,7 @@ MADE = [
 ]
 
 
-@pytest.mark.parametrize("operation", MADE)
+@pytest.mark.parametrize("operation", [*MADE[:4], *slow(MADE[4:])])
 def test_whatever_is_made_counts(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_MADE", 2**20)
     text = "x" * 20_000

@@ -73,6 +73,7 @@ def run(*words: str, **options: Any) -> Any:
     return CliRunner().invoke(app, list(words), **options)
 
 
+@pytest.mark.slow
 def test_every_command_has_help() -> None:
     commands = re.findall(r"^  (\w+)  ", run("--help").stdout, re.MULTILINE)
     known = "up down train curves evaluate predict serve status verify models".split()
@@ -579,6 +580,7 @@ def test_a_bad_row_does_not_affect_the_others(addresses: dict[str, str], tmp_pat
     assert "context is 64" in found[1]["error"]
 
 
+@pytest.mark.slow
 def test_an_output_is_replaced_only_by_all_results(
     addresses: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

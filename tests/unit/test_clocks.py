@@ -151,6 +151,7 @@ def test_requests_are_signed_by_boto3_while_clocks_agree(s3: LocalS3) -> None:
     assert clock._choose_signer(s3_clock.SIGNATURE, {}) is None
 
 
+@pytest.mark.slow
 def test_nothing_else_of_ours_depends_on_the_time_of_day() -> None:
     """Deadlines, leases and retries go by time.monotonic; the rest is listed above."""
     found = set()

@@ -265,3 +265,18 @@ def test_what_a_package_would_import_in_vain_is_hidden_from_it_alone(
     finally:
         for name in ("outer", "inner"):
             sys.modules.pop(name, None)
+
+
+def test_looking_at_private_attributes_imports_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As inspect and pytest do with each name in a module."""
+    (tmp_path / "costly.py").write_text("value = 1\n__version__ = '2'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    package = Extra("costly", "a test")
+    try:
+        assert not any(hasattr(package, name) for name in ("__wrapped__", "_mock_name"))
+        assert "costly" not in sys.modules
+        assert package.value == 1 and package.__version__ == "2"
+    finally:
+        sys.modules.pop("costly", None)

@@ -323,6 +323,7 @@ def test_padding_is_found_without_a_mask_as_transformers_does() -> None:
     assert ours.generate(tokens, max_new_tokens=8, pad_token_id=2).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_a_sample_and_another_differs() -> None:
     ours, _ = models()
     tokens, mask = prompts()
@@ -337,6 +338,7 @@ def test_a_seed_repeats_a_sample_and_another_differs() -> None:
     assert ours.generate(tokens, seed=1, num_return_sequences=2, **arguments).shape == (6, 27)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution() -> None:
     """20,000 draws against p: chi-squared with 7 degrees of freedom; 40 has p < 1e-5."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, 1.5])

@@ -152,6 +152,7 @@ def test_a_run_that_fails_leaves_no_model(tmp_path: Path) -> None:
         quantize_model(str(tmp_path / "model"), target, CALIBRATION)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "model")
     source, target = str(tmp_path / "model"), str(tmp_path / "quantized")
@@ -186,6 +187,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     assert not any((tmp_path / "quantized").iterdir())
 
 
+@pytest.mark.slow
 def test_the_job_writes_a_folder_and_prints_its_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

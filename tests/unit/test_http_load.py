@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
 from http_server import listening
 from starlette.types import Receive, Scope, Send
 
 from gptj_bench.http_load import Load
+
+pytestmark = pytest.mark.slow
 
 TOKENS = 6
 PAUSE_SECONDS = 0.5

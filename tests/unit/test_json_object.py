@@ -36,6 +36,7 @@ def test_nonfinite_numbers_become_null(number: float) -> None:
     assert strict(json_response(200, value, {}).body) == expected
 
 
+@pytest.mark.slow
 def test_a_runs_files_are_valid_json_after_any_measurement(tmp_path: Path) -> None:
     """A step that overflowed in fp16 has an infinite norm; a bad model's perplexity is infinite."""
     progress = Progress()

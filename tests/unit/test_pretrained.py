@@ -144,6 +144,7 @@ def test_resizing_is_saved_and_rounds_up(tmp_path: Path) -> None:
         model.resize_token_embeddings(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["folder", "model"])
 @pytest.mark.parametrize("cls", [GPTJForCausalLM, GPTJForSequenceClassification])
 def test_transformers_pipelines_accept_our_folders_and_models(

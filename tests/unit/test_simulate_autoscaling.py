@@ -211,6 +211,7 @@ def test_a_steady_load_scales_as_ray_documents() -> None:
     assert history == [1] * (reported + 10 - 1) + [3] * (40 - reported - 10 + 1)
 
 
+@pytest.mark.slow
 def test_tokens_as_the_signal_count_a_request_by_its_context() -> None:
     """Of equal requests they count what requests do; of longer ones more, at the same rate."""
     same = [targets(simulate(SERVICE, MACHINE, burst(1500), signal=each)) for each in SIGNALS]
@@ -255,6 +256,7 @@ def test_a_replica_accepts_requests_only_once_started() -> None:
     assert 115 <= running - ordered <= 115 + CONTROL_SECONDS
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_day_and_another_one_another() -> None:
     def rows(seed: int) -> dict[str, Any]:
         day = arrivals(Traffic(requests_per_s=20, hours=0.05, new_tokens=100, seed=seed))
@@ -320,6 +322,7 @@ def lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_the_command_prints_settings_outcome_and_table_and_draws_the_day(
     lines: list[str], tmp_path: Path
 ) -> None:
@@ -346,6 +349,7 @@ def test_several_values_are_compared_on_the_same_requests(
     assert few["replica_hours"] > many["replica_hours"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("application", ["classification", "question-answering"])
 def test_services_of_whole_rows_are_simulated_too(
     application: str, capsys: pytest.CaptureFixture[str]

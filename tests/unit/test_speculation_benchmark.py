@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj_bench.speculation import UNLIKELY, widened
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_widened_model_computes_the_same() -> None:

@@ -193,6 +193,7 @@ def test_tied_weights_stay_tied_whether_stored_once_or_twice(
     assert "differs" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("export", ["huggingface", "flax", "tensorflow"])
 def test_imports_and_exports_have_one_dtype_and_their_own_head(

@@ -134,6 +134,7 @@ class Chats(TemplateFields):
         return ", ".join(used)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "kind"), [("hi", "short text"), ("hi" * LONG, "long text")], ids=["short", "long"]
 )

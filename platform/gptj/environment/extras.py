@@ -52,8 +52,8 @@ class Extra:
         self._package = package
 
     def __getattr__(self, attribute: str) -> Any:
-        # Introspection, such as inspect's, probes dunder attributes; it must not import.
-        if attribute.startswith("__") and attribute != "__version__":
+        # Introspection, as by inspect and pytest, probes private attributes; it must not import.
+        if attribute.startswith("_") and attribute != "__version__":
             raise AttributeError(attribute)
         module = require(self._name, self._purpose, self._package)
         if not hasattr(module, attribute):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None
     small = [random_name(rank)]
     if rank == 0:
         progress.counters = counters(engine)
-        (folder / PROGRESS).write_text(to_json(asdict(progress)))
+        # Not asdict, which would copy each point of a long history while training waits.
+        (folder / PROGRESS).write_text(to_json(vars(progress)))
         small.append(PROGRESS)
     records |= describe(str(folder), small).files
     Manifest(str(folder), records).write(manifest_name(rank, progress.world_size))
