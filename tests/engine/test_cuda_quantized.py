@@ -240,7 +240,6 @@ def test_splits_occupy_all_multiprocessors() -> None:
     assert splits(16, 64, 640, small) == 1
 
 
-@pytest.mark.slow
 @both
 def test_the_fastest_kernel_is_chosen_for_each_number_of_rows(
     bits: Bits, monkeypatch: pytest.MonkeyPatch

@@ -117,7 +117,6 @@ def test_transformers_loads_a_sharded_export(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", ["flax", "tensorflow"])
 def test_tied_embeddings_are_duplicated_in_formats_without_tying(
     format: ExportFormat, tmp_path: Path

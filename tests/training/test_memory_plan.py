@@ -105,7 +105,6 @@ def test_the_published_models_memory_is_as_known() -> None:
     assert adapter.device["optimizer"] < 0.1 * GB
 
 
-@pytest.mark.slow
 def test_what_a_run_needs_to_resume_counts_too() -> None:
     """Moments in 8 bits come back with a scale for each number: 16 bytes a weight, on the host."""
     settings = run_of(4, optimizer={"moments": "8bit"})
@@ -117,7 +116,6 @@ def test_what_a_run_needs_to_resume_counts_too() -> None:
     assert "restoring" not in plan_memory(run_of(4), SIX, on_gpu=True).host
 
 
-@pytest.mark.slow
 def test_workers_that_share_nothing_copy_their_gradients_to_add_them_up() -> None:
     """At stage 0 in fp32: at most half a thousand million at a time, and a worker alone none."""
     whole = {"stage": 0, "precision": "fp32"}
@@ -260,7 +258,6 @@ def test_nothing_is_refused_before_the_cluster_has_its_machines(
             check_memory(settings, config, False, 128)
 
 
-@pytest.mark.slow
 def test_nothing_is_refused_if_gpus_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """They may be taken, or on a node that takes minutes to start."""
 
@@ -276,7 +273,6 @@ def test_nothing_is_refused_if_gpus_do_not_answer(monkeypatch: pytest.MonkeyPatc
         check_memory(run_of(4), SIX, True, 1024)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fitted", [False, True])
 def test_a_run_that_has_fitted_before_resumes(
     fitted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
