@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from gptj import GPTJTokenizer
+from gptj.data.labels import LabelSet
 from gptj.storage.scratch import scratch_folder
 from gptj.training.dataset import node_data
 from gptj.training.settings import Settings, SettingsError
-from gptj.training.state import Progress, check_same_data
+from gptj.training.state import Progress, check_same_data, check_same_labels
 
 TOKENIZER = GPTJTokenizer.train(["text 0123456789"], 270)
 ROWS = [{"text": f"text {n}", "label": ["a", "b"][n % 2], "id": n} for n in range(10)]
@@ -61,6 +62,35 @@ def test_a_run_does_not_resume_with_other_data(
     settings = settings_of(tmp_path, changed)
     with pytest.raises(SettingsError, match=rf"checkpoint-3 .*train\.jsonl {message}.*another run"):
         check_same_data(settings, "checkpoint-3", progress, fingerprints(settings))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "label_names", "names", "refused"),
+    [
+        (["neg", "pos"], [], ("neg", "pos"), False),
+        (["neg", "pos"], [], ("pos", "neg"), True),
+        # Checkpoints of earlier versions record none.
+        (None, {"neg": "LABEL_1", "pos": "LABEL_0"}, ("LABEL_0", "LABEL_1"), True),
+        (None, {"neg": "LABEL_0", "pos": "LABEL_1"}, ("LABEL_0", "LABEL_1"), False),
+        (None, {"n": "neg", "p": "pos"}, ("neg", "pos"), False),
+        (None, [], ("LABEL_0", "LABEL_1"), False),
+    ],
+)
+def test_a_run_does_not_resume_with_other_labels(
+    recorded: list[str] | None,
+    label_names: Any,
+    names: tuple[str, ...],
+    refused: bool,
+    tmp_path: Path,
+) -> None:
+    settings = settings_of(tmp_path, ROWS, label_names=label_names)
+    labels = LabelSet(names, "single_label_classification")
+    words = (settings, "checkpoint-3", Progress(step=3, labels=recorded), labels)
+    if not refused:
+        check_same_labels(*words)
+        return
+    with pytest.raises(SettingsError, match=rf"outputs were .*would be {', '.join(names)}"):
+        check_same_labels(*words)
 
 
 def test_only_the_columns_that_are_read_count(tmp_path: Path) -> None:

@@ -126,6 +126,14 @@ def test_settings_are_shown_without_the_defaults(tmp_path: Path) -> None:
         (["data.delimiter=;;"], "data.delimiter: must be one character .* got ';;'"),
         (["task=classification", "data.label_names=abc"], "data.label_names: .*got 'abc'"),
         (["epochs=null", "steps=null", "epochs=0"], "epochs: .* got 0"),
+        (
+            ["model.gradient_checkpointing=full"],
+            r"model\.gradient_checkpointing: must be true, false or selective, got 'full'",
+        ),
+        (
+            ["adapter={}", "model.checkpoint=m", "model.gradient_checkpointing=selective"],
+            "adapter and model.gradient_checkpointing=selective: .* set it to true or false",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -127,7 +127,7 @@ model = GPTJForCausalLM.from_pretrained(sys.argv[1])
 sum(float(p.sum()) for p in model.parameters())
 print("loaded", flush=True)
 sys.stdin.readline()
-own = {"Rss": 0, "Shared_Clean": 0}
+own = {"Rss": 0, "Shared_Clean": 0, "Shared_Dirty": 0}  # dirty until the disk has it
 counts = False
 for line in Path("/proc/self/smaps").read_text().splitlines():
     name, *rest = line.split()
@@ -135,7 +135,7 @@ for line in Path("/proc/self/smaps").read_text().splitlines():
         counts = line.endswith("model.safetensors")
     elif counts and name[:-1] in own:
         own[name[:-1]] += int(rest[0]) * 1024
-print(own["Rss"], own["Shared_Clean"])
+print(own["Rss"], own["Shared_Clean"] + own["Shared_Dirty"])
 """
 
 

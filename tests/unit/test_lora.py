@@ -175,9 +175,15 @@ def test_a_folder_with_a_hub_bases_name_stands_for_it(
     on_hub = replace(Base.at("someone/model"), revision="main", commit="a" * 40)
     model = adapted(GPTJForCausalLM, base)
     model.save_adapter("adapter", base=on_hub)
-    again = GPTJForCausalLM.from_pretrained("adapter")
-    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
-    merge_adapter("someone/model", "adapter", "merged")
+    model.save_adapter("earlier", base=replace(on_hub, commit=None))
+    shutil.copytree("adapter", "peft")
+    for name in ("base.json", "manifest.json"):
+        Path("peft", name).unlink()
+    for adapter in ("adapter", "earlier", "peft"):
+        for given in (None, "someone/model"):
+            again = GPTJForCausalLM.from_pretrained(adapter, base=given)
+            torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+        merge_adapter("someone/model", adapter, f"merged-{adapter}")
 
 
 @CLASSES

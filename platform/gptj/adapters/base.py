@@ -81,7 +81,7 @@ class Base:
 
         None if a folder of the hub id's name now stands for it.
         """
-        if self.commit is not None and Path(self.address).is_dir():
+        if Path(self.address).is_dir():
             return None
         return self.commit or self.revision
 

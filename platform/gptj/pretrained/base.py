@@ -38,7 +38,7 @@ class GPTJPreTrainedModel(nn.Module):
     config_class = GPTJConfig
     base_model_prefix = "transformer"
     gradient_checkpointing: bool | Literal["selective"] = False
-    # Of a loaded model, the head's parameters that its checkpoint does not have: they are random.
+    # Of a loaded model, the head's weights that its checkpoint does not have: they are random.
     new_parameters: frozenset[str] = frozenset()
     # Names of parameters that may be tied, and of those they are tied to.
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
@@ -443,7 +443,7 @@ class GPTJPreTrainedModel(nn.Module):
         return count + sum(layer.in_features * layer.out_features for layer in layers)
 
     def check_trained(self, address: str) -> None:
-        """CheckpointError if a head's parameter is random, since `address` does not have it."""
+        """CheckpointError if a head's weights are random, since `address` does not have them."""
         if self.new_parameters:
             raise CheckpointError(
                 f"{address} has no {', '.join(sorted(self.new_parameters))}, and a "

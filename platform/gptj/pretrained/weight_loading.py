@@ -32,7 +32,7 @@ class Loaded:
     Attributes:
         in_use: whether the model uses the stored tensors' memory.
         ties_hold: whether tied parameters were equal; if not, they keep their own values.
-        new: names of the head's parameters that are stored nowhere, and have random weights.
+        new: names of the head's weights that are stored nowhere, and are random.
     """
 
     in_use: bool
@@ -107,11 +107,12 @@ def load_weights(
         logger.warning(UNTIED, folder)
     missing = set(expected) - loaded
     _make_missing(model, missing, folder, device, initializer_range)
-    new = frozenset(name for name in missing if name.partition(".")[0] not in following)
+    new = [name for name in sorted(missing) if name.partition(".")[0] not in following]
     if new:
-        names = ", ".join(sorted(new))
+        names = ", ".join(new)
         logger.warning("%s has no %s: newly initialised, train before use", folder, names)
-    return Loaded(in_use, not differing, new)
+    drawn = frozenset(name for name in new if not name.endswith("bias"))
+    return Loaded(in_use, not differing, drawn)
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:

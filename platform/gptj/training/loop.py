@@ -66,6 +66,7 @@ from gptj.training.state import (
     Progress,
     check_resumable,
     check_same_data,
+    check_same_labels,
     checkpoint_name,
     checkpoint_step,
     delete_old_checkpoints,
@@ -172,7 +173,11 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
             check_same_data(settings, checkpoint, progress, data.fingerprints)
         progress.data = {name: asdict(each) for name, each in data.fingerprints.items()}
         progress.commits = data.commits
-        config = make_config(pinned, tokenizer, data.train.labels)
+        if (labels := data.train.labels) is not None:
+            if checkpoint is not None:
+                check_same_labels(settings, checkpoint, progress, labels)
+            progress.labels = [*labels.names]
+        config = make_config(pinned, tokenizer, labels)
         total = settings.total_steps(len(data.train))
         if progress.step == 0 and worker.rank == 0:
             logger.info(

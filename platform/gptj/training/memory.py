@@ -140,6 +140,10 @@ def _changes(settings: Settings, bf16: bool) -> Iterator[dict[str, Any]]:
         change = {**precision, **recompute, **stage, **offload, **moment, **adapter}
         if size != settings.micro_batch_size:
             change["micro_batch_size"] = size
+        adapts = settings.adapter is not None or "adapter" in change
+        way = change.get("model.gradient_checkpointing", settings.model.gradient_checkpointing)
+        if adapts and way == "selective":  # which keeps more than it saves
+            continue
         now = change.get("deepspeed.stage", settings.deepspeed.stage)
         if now == 3 and _quantized(settings, change):
             continue

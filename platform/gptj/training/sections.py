@@ -115,6 +115,13 @@ class ModelSettings(Section):
     # Compute activations again in the backward pass: all (true), or what is cheap (selective).
     gradient_checkpointing: Recomputation = False
 
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _known_way(cls, value: Any) -> Any:
+        if value in (True, False, "true", "false", "selective"):
+            return value
+        raise ValueError(f"must be true, false or selective, got {value!r}")
+
     @field_validator("config")
     @classmethod
     def _known_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:

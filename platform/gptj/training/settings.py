@@ -100,6 +100,12 @@ class Settings(Section):
             )
         if self.adapter is not None and not self.model.checkpoint:
             raise ValueError("adapter: a new model has no weights to adapt: set model.checkpoint")
+        if self.adapter is not None and self.model.gradient_checkpointing == "selective":
+            raise ValueError(
+                "adapter and model.gradient_checkpointing=selective: without checkpointing, the "
+                "outputs of frozen products are not kept either, so it would take more memory: "
+                "set it to true or false"
+            )
         if self.adapter is not None and self.adapter.quantization and self.deepspeed.stage == 3:
             raise ValueError(
                 f"adapter.quantization={self.adapter.quantization} and deepspeed.stage=3: "

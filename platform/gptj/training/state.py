@@ -26,6 +26,7 @@ from gptj import storage
 from gptj.adapters.base import Base
 from gptj.checkpoints.folder import TRAINING
 from gptj.checkpoints.manifest import Manifest, read_recorded, verify
+from gptj.data.labels import LabelSet
 from gptj.errors import CheckpointError
 from gptj.training.fingerprint import Fingerprint
 from gptj.training.settings import MAY_CHANGE, Settings, SettingsError, changed, extended
@@ -46,6 +47,8 @@ class Progress:
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # a Fingerprint of each data set
     commits: dict[str, str] = field(default_factory=dict)  # of data sets on the hub, by name
+    # A classifier's, in the order of its outputs; None also in checkpoints of earlier versions.
+    labels: list[str] | None = None
     base: dict[str, Any] | None = None  # an adapter's base model, as it was at the beginning
     start: dict[str, Any] | None = None  # the checkpoint that training began from, as a Base
     # Logged points, by step; non-finite values are stored as null.
@@ -215,6 +218,22 @@ def check_same_data(
                 f"data.{name}={places[name]} had {before} and has {now}. Restore the original "
                 f"data, or choose another run="
             )
+
+
+def check_same_labels(
+    settings: Settings, address: str, progress: Progress, labels: LabelSet
+) -> None:
+    """SettingsError if a classifier's outputs would stand for other labels than until now."""
+    written = settings.data.label_names
+    given = [*dict.fromkeys(written.values() if isinstance(written, dict) else written)]
+    before, found = progress.labels, [*labels.names]
+    if before is None and labels.is_nameless and {*given} == {*found}:
+        before = given  # earlier versions took generic names in the order of the settings
+    if before not in (None, found):
+        raise SettingsError(
+            f"the run {settings.run!r} would resume from {address} with other labels: its outputs "
+            f"were {', '.join(before)}, and would be {', '.join(found)}. Choose another run="
+        )
 
 
 def is_complete(settings: Settings) -> bool:
