@@ -358,8 +358,7 @@ def _identity(model: ModelFolder) -> str:
     """A model's; with its base's, if it is an adapter, which is merged into it."""
     if not model.is_adapter:
         return model.identity
-    base = Base.of(model)
-    with ModelFolder.open(base.address, revision=base.revision, files=()) as folder:
+    with Base.of(model).open(model.address, files=()) as folder:
         return f"{model.identity} {folder.identity}"
 
 

@@ -201,7 +201,7 @@ def check_resumable(settings: Settings, address: str) -> Progress:
         )
     if progress.base is not None:
         before = Base(**progress.base)
-        before.check(address, Base.at(before.address, before.commit or before.revision))
+        before.check(address, Base.at(before.address, before.pin))
     return progress
 
 
