@@ -25,7 +25,7 @@ from gptj.checkpoints.manifest import (
 from gptj.config import GPTJConfig
 from gptj.layers.int4 import is_quantized
 from gptj.serialization.json_object import parse_object
-from gptj.storage.addresses import normalized, split_s3
+from gptj.storage.addresses import name_within, normalized, split_s3
 from gptj.storage.listing import FileInfo
 from gptj.training.progress import HISTORY
 
@@ -123,7 +123,7 @@ def _adapter(address: str) -> dict[str, Any]:
 def copy(source: str, destination: str) -> Manifest:
     """Copy a model folder to a new address, checking each file against the manifest.
 
-    The same copy again goes on after one that was interrupted.
+    An interrupted copy resumes when it is run again.
 
     Raises:
         AlreadyExistsError: if there is a finished checkpoint at the destination, or files that the
@@ -160,17 +160,9 @@ def _check_apart(source: str, destination: str) -> None:
 
     Raises ValueError.
     """
-    here, there = _parts(source), _parts(destination)
-    shorter = min(len(here), len(there))
-    if len(here) != len(there) and here[:shorter] == there[:shorter]:
-        inner, outer = (source, destination) if len(here) > shorter else (destination, source)
-        raise ValueError(f"{inner} is inside {outer}: a copy needs a folder of its own")
-
-
-def _parts(address: str) -> tuple[str, ...]:
-    if storage.is_s3(address):
-        return tuple(address.split("/"))
-    return Path(address).resolve().parts
+    for inner, outer in ((source, destination), (destination, source)):
+        if name_within(inner, outer):  # "" if they are the same
+            raise ValueError(f"{inner} is inside {outer}: a copy needs a folder of its own")
 
 
 def _check_room(destination: str, manifest: Manifest) -> None:
@@ -182,7 +174,7 @@ def _check_room(destination: str, manifest: Manifest) -> None:
         record = manifest.files.get(file.name)
         if record is None or record.size != file.size or hash_file(file.address) != record:
             raise storage.AlreadyExistsError(
-                f"{file.address} exists, and is no file of {manifest.folder}: nothing is copied; "
+                f"{file.address} exists and does not belong to {manifest.folder}: nothing was copied; "
                 f"remedy: a destination that is new or empty"
             )
 

@@ -71,7 +71,7 @@ def read(address: Path) -> StoredAdapter:
 def test_a_base_at_another_commit_without_a_digest_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A commit may have changed nothing of the model: it is no error."""
+    """A commit may leave the model as it was, so another one is not an error."""
     trained_on = Base("someone/model", "main", commit="a" * 40)
     trained_on.check("adapter", Base("someone/model", commit="a" * 40))
     trained_on.check("adapter", Base("folder"))

@@ -77,7 +77,7 @@ class DamagedFileError(Exception):
 
 
 def check_header(names: Sequence[str], wanted: Columns, hint: str = "") -> tuple[str, ...]:
-    """The wanted columns of a file, which must have all needed ones, and none but unnamed twice."""
+    """The wanted columns of a file, which must have all needed ones, and no named one twice."""
     twice = [name for name, count in Counter(names).items() if count > 1 and name]
     if twice:
         raise BadFileError(f"has the column {twice[0]!r} twice; remedy: rename or drop one")

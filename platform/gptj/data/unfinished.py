@@ -1,7 +1,7 @@
 """A folder that is written from a plan in steps, by processes that may be killed.
 
 Its subfolder `unfinished` has the plan, and a record for each step that is done; a later process
-with the same plan goes on from there. `index.json` and a manifest come last, and end it.
+with the same plan resumes from there. `index.json` and a manifest are written last.
 """
 
 from __future__ import annotations
