@@ -174,8 +174,8 @@ def _check_room(destination: str, manifest: Manifest) -> None:
         record = manifest.files.get(file.name)
         if record is None or record.size != file.size or hash_file(file.address) != record:
             raise storage.AlreadyExistsError(
-                f"{file.address} exists and does not belong to {manifest.folder}: nothing was copied; "
-                f"remedy: a destination that is new or empty"
+                f"{file.address} exists and does not belong to {manifest.folder}: nothing was "
+                f"copied; remedy: a destination that is new or empty"
             )
 
 

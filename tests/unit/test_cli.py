@@ -1066,7 +1066,7 @@ def test_copying_replaces_no_file_of_the_users(
     source = addresses["classification"]
     destination = str(tmp_path / "mine") if where == "local" else f"s3://gptj/mine/{name}"
     storage.write_bytes(storage.join(destination, name), b"mine")
-    with pytest.raises(storage.AlreadyExistsError, match=f"{name} exists, .*; remedy: a dest"):
+    with pytest.raises(storage.AlreadyExistsError, match=f"{name} exists and .*; remedy: a dest"):
         run("models", "cp", source, destination, catch_exceptions=False)
     assert [file.name for file in storage.list_files(destination)] == [name]
     assert storage.read_bytes(storage.join(destination, name)) == b"mine"
